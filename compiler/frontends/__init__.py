@@ -1,0 +1,1 @@
+"""Sources: each module turns one kind of model into captured programs."""

@@ -1,0 +1,1 @@
+"""Graph rewrites, one per file, and the manager that runs them."""

@@ -1,0 +1,1 @@
+"""What every pass stands on: our operators, graph helpers and region nodes."""

@@ -1,0 +1,1 @@
+"""The runtime: loads an artifact directory and runs it, without torch."""

@@ -1,0 +1,203 @@
+"""The plan: what an artifact executes, as frozen dataclasses stored as JSON.
+
+The code generator writes it and the runtime reads it; there is no third representation. On a CPU the same plan is also
+compiled into one C function per entry point (``tw_run_<entry>``), so that the runtime interprets nothing per step; the
+JSON then serves binding (inputs, outputs, symbols, checks), inspection, profiling and verification.
+
+Reading validates: every reference resolves, every size is a well-formed expression, every name is an identifier.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from . import sizes
+from .errors import ArtifactError
+from .sizes import Size
+
+FORMAT_VERSION = 1
+
+DTYPES = (
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A size that varies between calls: inclusive bounds, and the value of the sample that was compiled with.
+
+    It is read from the shape of ``input`` at ``axis`` as ``size // factor`` (the rest must be 0).
+    """
+
+    name: str
+    minimum: int
+    maximum: int
+    sample: int
+    input: int
+    axis: int
+    factor: int = 1
+
+
+@dataclass(frozen=True)
+class Port:
+    """A named tensor at the border: logical shape, C-contiguous."""
+
+    name: str
+    dtype: str
+    shape: tuple[Size, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A relation over symbols that must hold (non-zero), and what to say when it does not."""
+
+    condition: Size
+    message: str
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A packed weight: bytes in ``weights.safetensors`` under ``key``; shape and layout are those of the packed form."""
+
+    name: str
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StateBuffer:
+    """Memory a session keeps between calls; ``initial`` names the constant it starts as (empty: zeros)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    initial: str = ""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Scratch memory in the arena: ``bytes`` may vary by call.
+
+    ``layout`` is ``"rows"`` (C-contiguous) or ``"channels16"`` ([N, ceil(C/16), H, W, 16]). The buffer is live from step
+    ``first`` to step ``last`` inclusive. Its offset is the maximum over ``below`` of their end, rounded up to 64 bytes:
+    any two buffers whose lives overlap are ordered by ``below``, directly or through others, so that no sizes can make
+    them overlap.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Size, ...]
+    layout: str
+    bytes: Size
+    first: int
+    last: int
+    below: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Operand of a kernel: the ``index``-th input, output, state, constant or buffer."""
+
+    kind: Literal["input", "output", "state", "constant", "buffer"]
+    index: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a step: taken when ``guard`` is non-zero (the last variant's guard is 1).
+
+    ``units`` is the number of independent units of work; ``flops`` and ``bytes`` are what the operation needs at least,
+    for rooflines.
+    """
+
+    kernel: str
+    operands: tuple[Ref, ...]
+    sizes: tuple[Size, ...]
+    units: Size
+    guard: Size = 1
+    flops: Size = 0
+    bytes: Size = 0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a kernel comes from: graph nodes, module path in the model, and ``file:line`` of the model's source."""
+
+    nodes: tuple[str, ...] = ()
+    module: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel launch of the plan, with its variants, and which operands of it are written (by position)."""
+
+    name: str
+    family: str
+    variants: tuple[Variant, ...]
+    writes: tuple[int, ...]
+    origin: Origin = field(default_factory=Origin)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One entry point.
+
+    ``results`` is the structure of the outputs: ``{"output": i}``, ``{"size": expression}``, ``{"constant": value}``,
+    ``{"tuple": [...]}``, ``{"list": [...]}`` or ``{"dict": {...}}``.
+    """
+
+    entry: str
+    symbols: tuple[Symbol, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    results: Any
+    checks: tuple[Check, ...]
+    states: tuple[StateBuffer, ...]
+    constants: tuple[Constant, ...]
+    buffers: tuple[Buffer, ...]
+    steps: tuple[Step, ...]
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Symbol name → inclusive bounds."""
+        return {symbol.name: (symbol.minimum, symbol.maximum) for symbol in self.symbols}
+
+
+def place(buffers: tuple[Buffer, ...], symbols: dict[str, int]) -> tuple[list[int], int]:
+    """Offset of every buffer in the arena and the arena's size in bytes, for one assignment of the symbols."""
+    offsets = [0] * len(buffers)
+    ends = [0] * len(buffers)
+    order = sorted(range(len(buffers)), key=lambda index: _depth(buffers, index, {}))
+    for index in order:
+        offset = max((ends[other] for other in buffers[index].below), default=0)
+        offsets[index] = offset
+        ends[index] = offset + (sizes.evaluate(buffers[index].bytes, symbols) + 63) // 64 * 64
+    return offsets, max(ends, default=0)
+
+
+def _depth(buffers: tuple[Buffer, ...], index: int, known: dict[int, int]) -> int:
+    if index not in known:
+        known[index] = 1 + max((_depth(buffers, other, known) for other in buffers[index].below), default=0)
+    return known[index]
+
+
+def to_json(plan: Any) -> Any:
+    """A plan (or any of its parts) as JSON data."""
+    if isinstance(plan, sizes.Op):
+        return sizes.to_json(plan)
+    if dataclasses.is_dataclass(plan):
+        return {item.name: to_json(getattr(plan, item.name)) for item in dataclasses.fields(plan)}
+    if isinstance(plan, list | tuple):
+        return [to_json(part) for part in plan]
+    if isinstance(plan, dict):
+        return {key: to_json(value) for key, value in plan.items()}
+    return plan

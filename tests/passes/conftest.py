@@ -1,0 +1,225 @@
+"""What every test of a pass uses: a program from a module, a checked run of a pass, golden text, numbers, refusals."""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+from tilewright.passes.base import Pass, Report
+from tilewright.passes.graph.printer import show as show_program
+from tilewright.passes.graph.program import Input, Program, SymbolRange
+from torch import fx, nn
+
+torch.set_num_threads(1)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write the golden files of the tests that run")
+
+
+@pytest.fixture
+def golden(request):
+    """``golden(text)`` compares text with golden/<file>.<test>.txt; ``--update-golden`` writes it."""
+    stem = request.path.stem.removeprefix("test_")
+    name = request.node.name.removeprefix("test_").replace("/", "_")
+    path = GOLDEN / f"{stem}.{name}.txt"
+
+    def compare(text: str) -> None:
+        if request.config.getoption("--update-golden", default=False):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        assert path.exists(), f"no golden file {path.name}; run the test with --update-golden and read what it writes"
+        assert text == path.read_text()
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def exported():
+    """``exported(module, *args, dynamic_shapes=None) -> Program``, in inference mode, with random norm statistics."""
+    return _exported
+
+
+@pytest.fixture(scope="session")
+def cloned():
+    """``cloned(program)``: the same program with its own graph (tensors are shared), to compare with later."""
+    return _cloned
+
+
+@pytest.fixture(scope="session")
+def show():
+    """``show(program) -> str``: the readable text of its graph."""
+    return show_program
+
+
+@pytest.fixture(scope="session")
+def run_pass():
+    """``run_pass(pass, program) -> Report``: runs it with every check there is.
+
+    Lint, shapes, the same numbers on the sample inputs (and on ``inputs`` if given), and a second run that changes
+    nothing.
+    """
+    return _run_pass
+
+
+@pytest.fixture(scope="session")
+def assert_same_outputs():
+    """``assert_same_outputs(before, after, inputs=None, tolerance=None)``: error = max|a-b| / max|ref| per output."""
+    return _assert_same_outputs
+
+
+@pytest.fixture(scope="session")
+def refusals():
+    """``refusals(pass, program) -> list[str]``: the reasons why it changed nothing (it must change nothing)."""
+
+    def run(pass_: Pass, program: Program) -> list[str]:
+        before = show_program(program)
+        report = _run_pass(pass_, program)
+        assert not report.changed, f"changed: {report.changes}"
+        assert show_program(program) == before
+        return [note.text for note in report.refusals]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def targets():
+    """``targets(program)``: names of the operators in graph order, such as ``["aten.linear", "aten.add.Tensor"]``."""
+
+    def names(program: Program) -> list[str]:
+        calls = [node for node in program.graph.nodes if node.op in ("call_function", "call_module")]
+        return [str(node.target).removesuffix(".default") for node in calls]
+
+    return names
+
+
+def _exported(module: nn.Module, *args: torch.Tensor, dynamic_shapes=None) -> Program:
+    module = module.eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
+        elif name.endswith("running_var"):
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    if dynamic_shapes is not None and not isinstance(dynamic_shapes, dict):
+        dynamic_shapes = tuple(dynamic_shapes)
+    with torch.no_grad():
+        source = torch.export.export(module, args, dynamic_shapes=dynamic_shapes).run_decompositions({})
+    return _convert(source, args, dynamic_shapes, module)
+
+
+def _convert(source, args, dynamic_shapes, module) -> Program:
+    """The lifted graph with its constants as get_attr nodes."""
+    signature = source.graph_signature
+    attributes = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    attributes.update(signature.inputs_to_lifted_tensor_constants)
+    graph, holder, mapping, inputs = fx.Graph(), nn.Module(), {}, []
+    for node in source.graph.nodes:
+        if node.op == "placeholder" and node.name in attributes:
+            dotted = attributes[node.name]
+            if not node.users:
+                continue
+            tensor = source.state_dict.get(dotted, source.constants.get(dotted))
+            flat = dotted.replace(".", "_")
+            holder.register_buffer(flat, tensor.detach())
+            mapping[node] = graph.create_node("get_attr", flat, name=flat)
+            mapping[node].meta = {**node.meta, "source": dotted}
+        else:
+            mapping[node] = graph.node_copy(node, lambda used: mapping[used])
+            if node.op == "placeholder":
+                inputs.append(Input(node.name, mapping[node].name))
+    named = _symbols(source, inspect.signature(module.forward), args, dynamic_shapes)
+    program = Program("main", fx.GraphModule(holder, graph), tuple(inputs), symbols=named, sample=args)
+    program.graph.lint()
+    return program
+
+
+def _symbols(source, signature, args, dynamic_shapes) -> dict[sympy.Symbol, SymbolRange]:
+    given = (
+        dict(zip(signature.parameters, dynamic_shapes, strict=False))
+        if isinstance(dynamic_shapes, tuple)
+        else dynamic_shapes
+    )
+    named: dict[sympy.Symbol, SymbolRange] = {}
+    placeholders = {node.name: node for node in source.graph.nodes if node.op == "placeholder"}
+    for name, axes in (given or {}).items():
+        pairs = axes.items() if isinstance(axes, dict) else enumerate(axes or ())
+        for axis, dim in pairs:
+            size = placeholders[name].meta["val"].shape[axis]
+            if dim is not None and isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                bound = source.range_constraints[size.node.expr]
+                named[size.node.expr] = SymbolRange(dim.__name__, int(bound.lower), int(bound.upper))
+    return named
+
+
+def _cloned(program: Program) -> Program:
+    return replace(program, module=_clone_module(program.module))
+
+
+def _clone_module(module: fx.GraphModule) -> fx.GraphModule:
+    graph, mapping = fx.Graph(), {}
+    for node in module.graph.nodes:
+        mapping[node] = graph.node_copy(node, lambda used: mapping[used])
+        mapping[node].meta = copy.copy(node.meta)
+    clone = fx.GraphModule(module, graph)
+    for name, child in list(clone.named_children()):
+        if isinstance(child, fx.GraphModule):
+            setattr(clone, name, _clone_module(child))
+    return clone
+
+
+def _run_pass(pass_: Pass, program: Program, inputs: Sequence[torch.Tensor] | None = None, *, tolerance=None) -> Report:
+    before = _cloned(program)
+    report = Report()
+    pass_.run(program, report)
+    _check(program)
+    if not report.changed:
+        assert show_program(before) == show_program(program), "changed the graph without reporting it"
+    for given in filter(None, (program.sample, inputs)):
+        _assert_same_outputs(before, program, given, tolerance=tolerance)
+    settled = show_program(program)
+    again = Report()
+    pass_.run(program, again)
+    assert not again.changed, f"a second run changes: {again.changes}"
+    assert show_program(program) == settled, "a second run changes the graph without reporting it"
+    return report
+
+
+def _check(program: Program) -> None:
+    program.graph.lint()
+    program.module.recompile()
+    for node in program.graph.nodes:
+        assert node.op == "output" or "val" in node.meta or not node.users, f"{node.name} has no shape"
+
+
+def _assert_same_outputs(before: Program, after: Program, inputs=None, *, tolerance: float | None = None) -> None:
+    inputs = before.sample if inputs is None else inputs
+    expected, got = before.run(tuple(inputs)), after.run(tuple(inputs))
+    assert len(expected) == len(got)
+    for index, (want, have) in enumerate(zip(expected, got, strict=True)):
+        if not isinstance(want, torch.Tensor):
+            assert want == have, f"output {index}: {have} instead of {want}"
+            continue
+        assert want.shape == have.shape and want.dtype == have.dtype, f"output {index}: {have.shape} {have.dtype}"
+        if not want.dtype.is_floating_point:
+            assert torch.equal(want, have), f"output {index} differs"
+            continue
+        limit = (
+            tolerance
+            or {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 4e-3, torch.bfloat16: 3e-2}[want.dtype]
+        )
+        assert torch.equal(want.isnan(), have.isnan()), f"output {index}: nan in other places"
+        finite = want.isfinite()
+        assert torch.equal(finite, have.isfinite()) and torch.equal(
+            want[~finite & ~want.isnan()], have[~finite & ~want.isnan()]
+        )
+        want, have = want[finite].double(), have[finite].double()
+        if want.numel():
+            error = (want - have).abs().max() / want.abs().max().clamp_min(1e-30)
+            assert error <= limit, f"output {index}: error {error:.3g} > {limit}"

@@ -10,20 +10,17 @@ Reading validates: every reference resolves, every size is a well-formed express
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from . import sizes
+from . import plan_check, sizes, typed_json
 from .errors import ArtifactError
 from .sizes import Size
 
 FORMAT_VERSION = 1
 
-DTYPES = (
-    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
-)  # fmt: skip
+DTYPES = tuple(plan_check.ITEM_BYTES)
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Constant:
-    """A packed weight: bytes in ``weights.safetensors`` under ``key``; shape and layout are those of the packed form."""
+    """A packed weight under ``key`` in ``weights.safetensors``; shape and layout are those of the packed form.
+
+    ``offset`` counts from the start of the file's data section; ``sources`` names the tensors it was made of.
+    """
 
     name: str
     key: str
@@ -87,10 +87,10 @@ class StateBuffer:
 class Buffer:
     """Scratch memory in the arena: ``bytes`` may vary by call.
 
-    ``layout`` is ``"rows"`` (C-contiguous) or ``"channels16"`` ([N, ceil(C/16), H, W, 16]). The buffer is live from step
-    ``first`` to step ``last`` inclusive. Its offset is the maximum over ``below`` of their end, rounded up to 64 bytes:
-    any two buffers whose lives overlap are ordered by ``below``, directly or through others, so that no sizes can make
-    them overlap.
+    ``layout`` is ``"rows"`` (C-contiguous) or ``"channels16"`` ([N, ceil(C/16), H, W, 16]). The buffer is live from
+    step ``first`` to step ``last`` inclusive. Its offset is the maximum over ``below`` of their end, rounded up to 64
+    bytes: any two buffers whose lives overlap are ordered by ``below``, directly or through others, so that no sizes
+    can make them overlap.
     """
 
     name: str
@@ -172,22 +172,35 @@ class Plan:
         return {symbol.name: (symbol.minimum, symbol.maximum) for symbol in self.symbols}
 
 
-def place(buffers: tuple[Buffer, ...], symbols: dict[str, int]) -> tuple[list[int], int]:
+def place(buffers: tuple[Buffer, ...], symbols: Mapping[str, int]) -> tuple[list[int], int]:
     """Offset of every buffer in the arena and the arena's size in bytes, for one assignment of the symbols."""
     offsets = [0] * len(buffers)
     ends = [0] * len(buffers)
-    order = sorted(range(len(buffers)), key=lambda index: _depth(buffers, index, {}))
-    for index in order:
+    for index in plan_check.topological(buffers):
         offset = max((ends[other] for other in buffers[index].below), default=0)
         offsets[index] = offset
         ends[index] = offset + (sizes.evaluate(buffers[index].bytes, symbols) + 63) // 64 * 64
     return offsets, max(ends, default=0)
 
 
-def _depth(buffers: tuple[Buffer, ...], index: int, known: dict[int, int]) -> int:
-    if index not in known:
-        known[index] = 1 + max((_depth(buffers, other, known) for other in buffers[index].below), default=0)
-    return known[index]
+def from_json(data: Any, file: str = "plan") -> Plan:
+    """The plan that :func:`to_json` gave the data of, validated: types, names, references, sizes, lifetimes.
+
+    Args:
+        data: what ``json.loads`` returned.
+        file: the plan's path, for messages.
+
+    Raises:
+        ArtifactError: names the file and the field.
+    """
+    try:
+        plan: Plan = typed_json.read(Plan, data)
+        plan_check.check(plan)
+    except typed_json.FieldError as error:
+        raise ArtifactError(f"{file}: {error}") from None
+    except RecursionError:
+        raise ArtifactError(f"{file}: nested too deeply to be a plan") from None
+    return plan
 
 
 def to_json(plan: Any) -> Any:

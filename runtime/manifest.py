@@ -1,0 +1,150 @@
+"""The manifest of an artifact: what is in the directory, with the size and digest of every file.
+
+``manifest.json`` is the only file that is read before anything is trusted, so it carries a checksum of itself: damage
+to it is noticed like damage to any other file. (This is integrity, not authenticity: kernels are native code, and
+whether to trust who made them is the user's decision.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from . import typed_json
+from .errors import ArtifactError
+from .plan import FORMAT_VERSION, to_json
+
+FILE_NAME = "manifest.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Kernels for one kind of machine; ``features`` are the processor flags, as ``/proc/cpuinfo`` spells them."""
+
+    name: str
+    features: tuple[str, ...]
+    library: str
+
+
+@dataclass(frozen=True)
+class EntryPoint:
+    """An entry point's name and the path of its plan."""
+
+    name: str
+    plan: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weight file: ``id`` is the SHA-256 of its header (8-byte length and JSON), ``size`` of the whole file."""
+
+    file: str
+    id: str
+    size: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the artifact: path relative to the directory, size in bytes, SHA-256 of its content."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole manifest. Targets come in order of preference; the first entry point is the default one."""
+
+    format: int
+    producer: str
+    entries: tuple[EntryPoint, ...]
+    targets: tuple[Target, ...]
+    weights: Weights
+    files: tuple[FileRecord, ...]
+    info: Any
+
+
+def dump(manifest: Manifest) -> bytes:
+    """The content of ``manifest.json``."""
+    data = to_json(manifest)
+    data["checksum"] = _checksum(data)
+    return (json.dumps(data, indent=1) + "\n").encode()
+
+
+def parse(content: bytes, file: str) -> Manifest:
+    """Read and validate a manifest.
+
+    Args:
+        content: of the file.
+        file: its path, for messages.
+
+    Raises:
+        ArtifactError: damaged, made by a newer Tilewright, or not consistent.
+    """
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file}: not valid JSON ({error}); the file is damaged or not a manifest") from None
+    if not isinstance(data, dict) or type(data.get("format")) is not int:
+        raise ArtifactError(f"{file}: not the manifest of a Tilewright artifact")
+    if data["format"] > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{file}: format version {data['format']} is newer than this Tilewright reads ({FORMAT_VERSION}); "
+            f"upgrade Tilewright, or compile the model again with this version"
+        )
+    if data["format"] < 1:
+        raise ArtifactError(f"{file}: there is no format version {data['format']}")
+    checksum = data.pop("checksum", None)
+    if checksum != _checksum(data):
+        raise ArtifactError(
+            f"{file}: its checksum does not match, the file is damaged; copy or compile the model again"
+        )
+    try:
+        manifest: Manifest = typed_json.read(Manifest, data)
+        _check(manifest)
+    except typed_json.FieldError as error:
+        raise ArtifactError(f"{file}: {error}") from None
+    return manifest
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check(manifest: Manifest) -> None:
+    listed: set[str] = set()
+    for index, record in enumerate(manifest.files):
+        where = f"files[{index}]"
+        if problem := path_problem(record.path):
+            raise typed_json.FieldError(problem).within(f"{where}.path")
+        if record.path in listed:
+            raise typed_json.FieldError(f"{record.path!r} is listed twice").within(f"{where}.path")
+        if record.size < 0:
+            raise typed_json.FieldError("negative size").within(f"{where}.size")
+        if not _SHA256.fullmatch(record.sha256):
+            raise typed_json.FieldError("not a SHA-256 digest").within(f"{where}.sha256")
+        listed.add(record.path)
+    if not manifest.entries:
+        raise typed_json.FieldError("an artifact needs an entry point").within("entries")
+    if len({entry.name for entry in manifest.entries}) < len(manifest.entries):
+        raise typed_json.FieldError("two entry points have the same name").within("entries")
+    used = [(f"entries[{i}].plan", entry.plan) for i, entry in enumerate(manifest.entries)]
+    used += [(f"targets[{i}].library", target.library) for i, target in enumerate(manifest.targets)]
+    for where, path in [*used, ("weights.file", manifest.weights.file)]:
+        if path not in listed:
+            raise typed_json.FieldError(f"{path!r} is not among the listed files").within(where)
+
+
+def path_problem(path: str) -> str:
+    """Why a path may not be in a manifest; empty when it may: relative, inside the directory, ``/`` between parts."""
+    parts = path.split("/")
+    if path.startswith("/") or ".." in parts:
+        return f"path {path!r} leaves the artifact's directory"
+    if "" in parts or "." in parts or "\\" in path or not path.isprintable():
+        return f"path {path!r} is not in normal form"
+    return ""

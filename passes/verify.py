@@ -1,0 +1,202 @@
+"""Whether a graph still computes what it did: errors per output, the table of tolerances, shapes recomputed.
+
+The error of an output is max|a - b| / max|ref|, in double precision; positions of NaN and infinities must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..runtime.errors import CompileError, NumericsError
+from .graph.edit import fake_mode, same_size, value_of
+from .graph.printer import show_operator, show_type
+from .graph.program import Program
+from .graph.query import is_assertion
+from .graph.regions import body, is_region
+
+# The one table of tolerances: the largest error of an output by its dtype. Integers and booleans must be equal.
+TOLERANCES: dict[torch.dtype, float] = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 4e-2,
+}
+
+
+def run_eager(program: Program) -> tuple[Any, ...]:
+    """The outputs on the program's sample inputs; the same random numbers every time, the caller's left untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return program.run(program.sample)
+
+
+def error_of(reference: torch.Tensor, value: torch.Tensor) -> float:
+    """max|value - reference| / max|reference|; infinite where shape, dtype, NaN, infinities or integers differ."""
+    if reference.shape != value.shape or reference.dtype != value.dtype:
+        return float("inf")
+    if not reference.is_floating_point():
+        return 0.0 if torch.equal(reference, value) else float("inf")
+    finite = reference.isfinite()
+    if not torch.equal(reference[~finite].nan_to_num(), value[~finite].nan_to_num()) or not torch.equal(
+        reference.isnan(), value.isnan()
+    ):
+        return float("inf")
+    if not bool(value[finite].isfinite().all()):
+        return float("inf")
+    a, b = reference[finite].double(), value[finite].double()
+    if a.numel() == 0:
+        return 0.0
+    difference = float((a - b).abs().max())
+    scale = float(a.abs().max())
+    return 0.0 if difference == 0 else difference / scale if scale else float("inf")
+
+
+def compare(reference: Sequence[Any], values: Sequence[Any]) -> list[float]:
+    """The error of every output; sizes and plain values must be equal."""
+    if len(reference) != len(values):
+        return [float("inf")]
+    errors = []
+    for a, b in zip(reference, values, strict=True):
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            errors.append(error_of(a, b))
+        else:
+            errors.append(0.0 if type(a) is type(b) and a == b else float("inf"))
+    return errors
+
+
+def beyond_tolerance(reference: Sequence[Any], errors: Sequence[float]) -> list[int]:
+    """The indices of the outputs whose error is larger than the table allows."""
+    found = []
+    for index, (output, error) in enumerate(zip(reference, errors, strict=False)):
+        limit = TOLERANCES.get(output.dtype, 0.0) if isinstance(output, torch.Tensor) else 0.0
+        if not error <= limit:
+            found.append(index)
+    return found or ([0] if len(errors) != len(reference) else [])
+
+
+def check_outputs(reference: Sequence[Any], values: Sequence[Any], where: str) -> list[float]:
+    """The errors, if all are within the table.
+
+    Raises:
+        NumericsError: names the outputs that are not, their errors and tolerances.
+    """
+    errors = compare(reference, values)
+    failures = beyond_tolerance(reference, errors)
+    if failures:
+        parts = []
+        for index in failures:
+            limit = TOLERANCES.get(getattr(reference[index], "dtype", None), 0.0)  # type: ignore[arg-type]
+            parts.append(f"output {index}: error {errors[index]:.3g}, tolerance {limit:g}")
+        raise NumericsError(f"{where}: {'; '.join(parts)}")
+    return errors
+
+
+@contextmanager
+def fixed_symbols(program: Program) -> Iterator[None]:
+    """Within it no symbol can be specialised or equated with another by what an operator's shape function asks."""
+    environment = fake_mode(program.graph).shape_env
+    if environment is None:
+        yield
+        return
+    with environment.suppress_guards():
+        yield
+
+
+def check_structure(program: Program, interface: tuple[Any, ...]) -> None:
+    """Lint, the same inputs and outputs as ``interface`` (see :func:`interface_of`), a shape on every value.
+
+    Raises:
+        CompileError: says what is wrong with which node.
+    """
+    module = program.module
+    try:
+        program.graph.lint()
+    except RuntimeError as error:
+        raise CompileError(f"the graph is malformed: {error}") from error
+    for node in program.graph.nodes:
+        if node.op != "output" and "val" not in node.meta and not (is_assertion(node) or not node.users):
+            raise CompileError(f"node %{node.name} ({show_operator(node.target)}) has no shape")
+        if node.op == "call_module" and not is_region(node):
+            raise CompileError(f"node %{node.name} calls a module but is no region")
+    now = interface_of(program)
+    for what, before, after in zip(("inputs", "outputs"), interface, now, strict=True):
+        if len(before) != len(after):
+            raise CompileError(f"the number of {what} changed from {len(before)} to {len(after)}")
+        for index, (old, new) in enumerate(zip(before, after, strict=True)):
+            if not same_type(old, new):
+                raise CompileError(f"{what}[{index}] changed from {show_type(old)} to {show_type(new)}")
+    module.recompile()
+
+
+def interface_of(program: Program) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The fake values of all placeholders and of all outputs."""
+    inputs = tuple(node.meta["val"] for node in program.graph.nodes if node.op == "placeholder")
+    results = program.graph.output_node().args[0]
+    assert isinstance(results, tuple | list), "a program returns one flat tuple"
+    return inputs, tuple(value_of(item) for item in results)
+
+
+def same_type(a: Any, b: Any) -> bool:
+    """Whether two fake values have provably the same shape and the same dtype."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and len(a.shape) == len(b.shape) and all(map(_equal, a.shape, b.shape))
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(same_type, a, b))
+    if isinstance(a, int | torch.SymInt) and isinstance(b, int | torch.SymInt):
+        return _equal(a, b)
+    return type(a) is type(b)
+
+
+def check_shapes(program: Program) -> None:
+    """Recompute the shape of every value from its operands' and compare; regions too. Seconds on deep models.
+
+    Raises:
+        CompileError: names the node, its recorded shape and the one it has.
+    """
+    with fixed_symbols(program):
+        _check_shapes(program.module)
+
+
+def _check_shapes(module: fx.GraphModule) -> None:
+    mode = fake_mode(module.graph)
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "output") or is_assertion(node):
+            continue
+        try:
+            value = _recompute(node, mode)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise CompileError(f"%{node.name} = {show_operator(node.target)} does not run: {error}") from error
+        if not same_type(node.meta["val"], value):
+            raise CompileError(
+                f"%{node.name} = {show_operator(node.target)} is recorded as {show_type(node.meta['val'])} "
+                f"but is {show_type(value)}"
+            )
+
+
+def _recompute(node: fx.Node, mode: Any) -> Any:
+    if node.op == "get_attr":
+        value: Any = node.graph.owning_module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value
+    if node.op == "call_module":
+        nested = body(node)
+        for operand, placeholder in zip(node.args, nested.graph.find_nodes(op="placeholder"), strict=True):
+            if not same_type(value_of(operand), placeholder.meta["val"]):
+                raise ValueError(f"operand %{operand} does not fit the region's %{placeholder.name}")
+        _check_shapes(nested)
+        results = value_of(nested.graph.output_node().args[0])
+        return tuple(results) if isinstance(results, list) else results
+    assert callable(node.target)
+    with mode:
+        return node.target(*value_of(node.args), **value_of(node.kwargs))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return same_size(a, b) or statically_known_true(a == b)

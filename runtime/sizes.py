@@ -31,7 +31,7 @@ Size = Union[int, str, Op]  # noqa: UP007 - the alias is recursive, so it cannot
 
 
 def add(*terms: Size) -> Size:
-    """Sum, flattened: equal non-constant terms are collected and constants come last."""
+    """Sum, flattened: equal non-constant terms are collected, in a canonical order, and the constant comes last."""
     constant = 0
     factors: dict[Size, int] = {}
     for term in _flatten("add", terms):
@@ -40,7 +40,7 @@ def add(*terms: Size) -> Size:
             constant += coefficient
         else:
             factors[rest] = factors.get(rest, 0) + coefficient
-    parts: list[Size] = [mul(rest, c) for rest, c in factors.items() if c]
+    parts: list[Size] = sorted((mul(rest, c) for rest, c in factors.items() if c), key=_order)
     if constant or not parts:
         parts.append(constant)
     return parts[0] if len(parts) == 1 else Op("add", tuple(parts))

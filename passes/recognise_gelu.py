@@ -15,7 +15,7 @@ import math
 from torch import fx
 
 from .base import Pass, Report
-from .graph.edit import insert, replace, same_shape, tensor_shape
+from .graph.edit import insert, same_shape, tensor_shape
 from .graph.match import (
     Polynomial,
     argument,
@@ -25,12 +25,12 @@ from .graph.match import (
     is_tensor,
     polynomial,
     same_polynomial,
-    settle_views,
+    substitute,
     users_of,
     without_copies,
 )
 from .graph.program import Program
-from .graph.query import calls, remove_unused
+from .graph.query import calls
 
 _HALF_GATE: Polynomial = {(1, 0): 0.5, (1, 1): 0.5}
 _TANH_INNER: Polynomial = {(1,): math.sqrt(2 / math.pi), (3,): math.sqrt(2 / math.pi) * 0.044715}
@@ -60,10 +60,7 @@ class RecogniseGelu(Pass):
                 kind = {} if gate.target is aten.erf.default else {"approximate": "tanh"}
                 new = insert(gate.graph, result, aten.gelu.default, (x,), kind, origins=(gate, result))
             report.change(result, f"{new.target} of {x.name}, written out with {gate.name}")
-            operands = result.all_input_nodes
-            replace(result, new)
-            settle_views(new)
-            remove_unused(*operands)
+            substitute(result, new)
             found = True
             if gate._erased:
                 return

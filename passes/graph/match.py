@@ -1,8 +1,8 @@
 """Recognising what a graph computes, whatever detours it takes.
 
 Copies that change no value are looked through; constants are evaluated however they are spelled; arithmetic is compared
-as polynomials, so that the order and grouping of factors and terms does not matter. Only :func:`settle_views` changes a
-graph: it cleans up after a rewrite.
+as polynomials, so that the order and grouping of factors and terms does not matter. Only :func:`substitute`
+and what it calls change a graph.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
 from .edit import fake_mode, same_shape, same_size, tensor_shape, value_of
-from .query import is_assertion, is_random, is_static, tensor_of
+from .query import is_assertion, is_pure, is_random, is_static, tensor_of
 
 aten = torch.ops.aten
 
@@ -42,14 +42,14 @@ Polynomial = dict[tuple[int, ...], float]
 """Exponents of the variables → coefficient; no zero coefficients."""
 
 
-def is_op(node: Any, *targets: Any) -> bool:
+def is_op(node: Any, *targets: Any) -> TypeGuard[fx.Node]:
     """Whether a value is a call of one of the operators (given one by one or as sets)."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
     return any(node.target in target if isinstance(target, frozenset) else node.target is target for target in targets)
 
 
-def is_tensor(node: Any) -> bool:
+def is_tensor(node: Any) -> TypeGuard[fx.Node]:
     """Whether a value is a node that holds one tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
@@ -241,6 +241,27 @@ def position_after(nodes: list[fx.Node]) -> fx.Node:
     while after.op == "placeholder":
         after = after.next
     return after
+
+
+def substitute(old: fx.Node, new: fx.Node) -> None:
+    """Let ``new`` stand for ``old``, make the views after it legal, and erase what is not needed any more."""
+    old.replace_all_uses_with(new)
+    settle_views(new)
+    erase_unused(old)
+
+
+def erase_unused(*nodes: fx.Node) -> None:
+    """Erase nodes that only checks use, with those checks, and then the operands that nothing uses any more."""
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node._erased or not is_pure(node) or users_of(node):
+            continue
+        for check in list(node.users):
+            node.graph.erase_node(check)
+        operands = node.all_input_nodes
+        node.graph.erase_node(node)
+        pending.extend(operands)
 
 
 def settle_views(node: fx.Node) -> None:

@@ -9,14 +9,6 @@ from tilewright import models
 from tilewright.models import bytelm, stdlib_text, train_bytelm
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_held_out_text_is_not_trained_on():
     training = stdlib_text.training_text().tobytes()
     for name in stdlib_text.HELD_OUT:

@@ -22,7 +22,7 @@ def test_split_is_fixed_and_disjoint():
     assert set(labels) == set(range(10))
 
 
-def test_one_epoch_learns_and_round_trips(tmp_path):
+def test_two_epochs_learn_and_round_trips(tmp_path):
     model = train_digits.train(epochs=2, seed=1)
     accuracy = train_digits.accuracy(model)
     assert accuracy > 0.8

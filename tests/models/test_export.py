@@ -39,8 +39,6 @@ def resized(inputs: dict[str, torch.Tensor], shapes, sizes: dict[str, int]) -> d
 )
 @torch.no_grad()
 def test_exports_with_declared_dimensions(name):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     spec = models.get(name)
     module = spec.build()
     args, kwargs = spec.example()
@@ -53,4 +51,3 @@ def test_exports_with_declared_dimensions(name):
         expected, got = module(**call), exported(*([] if kwargs else call.values()), **(call if kwargs else {}))
         for a, b in zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(got), strict=True):
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
-    torch.set_num_threads(threads)

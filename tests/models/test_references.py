@@ -1,17 +1,8 @@
 """Our decoders and encoders compute what transformers' models of the same architecture compute on the same weights."""
 
-import pytest
 import torch
 import transformers
 from tilewright import models
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def renamed(state: dict[str, torch.Tensor], rules: list[tuple[str, str]]) -> dict[str, torch.Tensor]:

@@ -11,14 +11,6 @@ SMALL = ["mlp", "digits", "bytelm", "gpt2_tiny", "llama_tiny", "unet", "resnet18
 LARGE = ["resnet50", "vit_b16", "bert_base", "gpt2"]  # llama_1b is checked on the meta device only
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_every_model_is_covered():
     assert models.names() == sorted([*SMALL, *LARGE, "llama_1b"])
 

@@ -1,0 +1,12 @@
+"""Models run on one thread here: their tests share the machine, and one thread makes sums repeat exactly."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -124,7 +124,7 @@ def write_artifact(
         entries = tuple(EntryPoint(plan.entry, f"plan/{plan.entry}.json") for plan in plans)
         listed = []
         for target in targets:
-            base = f"kernels/{target.name.replace(':', '-')}"
+            base = f"kernels/{target.name.partition(':')[2] or target.name}"
             listed.append(Target(target.name, tuple(target.features), f"{base}/{LIBRARY}"))
             files += [_write(folder, f"{base}/{path}", (content,)) for path, content in sorted(target.files.items())]
         files.append(_write(folder, weight_files.FILE_NAME, _weights(layout, constants, progress)))

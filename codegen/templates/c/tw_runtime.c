@@ -22,6 +22,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -136,6 +137,7 @@ static void *worker_main(void *argument) {
     tw_pool *pool = self->pool;
     int64_t idle_since = 0;
     int spins = 0;
+    prctl(PR_SET_NAME, "tilewright");
     for (;;) {
         uint32_t state = atomic_load_explicit(&pool->state, memory_order_relaxed);
         if (join_job(pool, state)) {
@@ -178,7 +180,6 @@ static void start_workers(tw_pool *pool, uint64_t forks) {
         w->pool = pool;
         w->index = i + 1;
         if (pthread_create(&w->thread, NULL, worker_main, w)) break;
-        pthread_setname_np(w->thread, "tilewright");
         pool->started++;
     }
     pthread_sigmask(SIG_SETMASK, &old, NULL);

@@ -1,0 +1,179 @@
+"""Turning what a caller gives into the arrays that kernels read and write: exact dtype, C-contiguous, aligned."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import dlpack, sizes
+from .dtypes import numpy_dtype
+from .errors import InputError, ShapeError, UsageError
+from .plan import Port
+
+_ALIGNMENT = 64
+_ALIGN_FROM = 4096  # bytes; below this a vector that straddles two cache lines costs less than aligning
+
+_address = ctypes.addressof
+_first_byte = ctypes.c_char.from_buffer
+
+
+def describe(port: Port) -> str:
+    """A port as messages show it: ``float32[batch, 384]``."""
+    return f"{port.dtype}[{', '.join(map(sizes.show, port.shape))}]"
+
+
+def describe_array(array: np.ndarray) -> str:
+    """An array as messages show it: ``float32[4, 384]``."""
+    return f"{array.dtype.name}[{', '.join(map(str, array.shape))}]"
+
+
+def address(array: np.ndarray) -> int:
+    """Where the array's data begins."""
+    try:
+        buffer: Any = array
+        return _address(_first_byte(buffer))  # a quarter of the time of array.ctypes.data
+    except (TypeError, ValueError, BufferError):  # read-only, empty, or a dtype that buffers cannot express
+        return array.ctypes.data
+
+
+def aligned_bytes(count: int) -> np.ndarray:
+    """Uninitialised bytes that begin at a multiple of 64."""
+    raw = np.empty(count + _ALIGNMENT, np.uint8)
+    begin = -raw.ctypes.data % _ALIGNMENT
+    return raw[begin : begin + count]
+
+
+def new_output(shape: tuple[int, ...], dtype: np.dtype[Any], count: int) -> np.ndarray:
+    """An uninitialised array of ``count`` bytes for the caller to keep; large ones begin at a multiple of 64."""
+    if count < _ALIGN_FROM:
+        return np.empty(shape, dtype)
+    return np.ndarray(shape, dtype, aligned_bytes(count))
+
+
+def input_array(value: Any, port: Port) -> np.ndarray:
+    """The array of an input: numpy arrays and DLPack tensors as they are, copied only when not contiguous or aligned.
+
+    Python numbers and lists of them have no dtype of their own and take the port's if it holds their kind: whole
+    numbers go anywhere they fit, other numbers into floating point only.
+
+    Raises:
+        ShapeError: another dtype or rank; the message names the input, what was expected and what came.
+        InputError: a Python number out of the dtype's range.
+    """
+    array = _as_array(value, port)
+    if array.dtype != numpy_dtype(port.dtype) or not array.dtype.isnative:
+        raise ShapeError(
+            f"input {port.name!r}: expected {describe(port)}, got {describe_array(array)}; "
+            f"convert it with .astype({port.dtype!r}) if that is what you mean"
+        )
+    if array.ndim != len(port.shape):
+        raise _wrong_rank(array, port)
+    if not (array.flags.c_contiguous and array.flags.aligned):
+        array = array.copy(order="C")
+    return array
+
+
+def _wrong_rank(array: np.ndarray, port: Port) -> ShapeError:
+    return ShapeError(
+        f"input {port.name!r}: expected {describe(port)} ({len(port.shape)} axes), "
+        f"got {describe_array(array)} ({array.ndim} axes)"
+    )
+
+
+def _as_array(value: Any, port: Port) -> np.ndarray:
+    if isinstance(value, np.ndarray | np.generic):
+        return np.asarray(value)
+    if hasattr(value, "__dlpack__"):
+        try:
+            return dlpack.view(value)
+        except ValueError as error:
+            raise ShapeError(f"input {port.name!r}: cannot use this {type(value).__name__}: {error}") from error
+    if isinstance(value, bool | int | float | list | tuple):
+        return _from_python(value, port)
+    raise ShapeError(
+        f"input {port.name!r}: expected {describe(port)} as a numpy array or DLPack tensor, got {type(value).__name__}"
+    )
+
+
+def _from_python(value: Any, port: Port) -> np.ndarray:
+    dtype = numpy_dtype(port.dtype)
+    try:
+        array = np.array(value)
+    except (ValueError, OverflowError) as error:
+        raise ShapeError(f"input {port.name!r}: not a regular list of numbers: {error}") from None
+    if array.size == 0:
+        return array.astype(dtype)
+    fits = {"b": "b", "i": "biu", "u": "biu"}.get(dtype.kind, "biuf")
+    if array.dtype.kind not in fits:
+        raise ShapeError(f"input {port.name!r}: expected {describe(port)}, got a list of {array.dtype.name}")
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        if int(array.min()) < limits.min or int(array.max()) > limits.max:
+            raise InputError(f"input {port.name!r}: a value does not fit {port.dtype}")
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if dtype.kind not in "biu" and not np.array_equal(np.isinf(array), np.isinf(converted.astype(np.float64))):
+        raise InputError(f"input {port.name!r}: a value does not fit {port.dtype}")
+    return converted
+
+
+def output_arrays(
+    out: Any, ports: Sequence[Port], shapes: Sequence[tuple[int, ...]], inputs: Sequence[np.ndarray]
+) -> list[np.ndarray | None]:
+    """The caller's arrays for the outputs, by position, None where none was given.
+
+    Args:
+        out: an array (for a single output), a sequence of arrays in the order of the outputs, or a dictionary by
+            output name, which may leave some out.
+        ports: the outputs.
+        shapes: their shapes in this call.
+        inputs: arrays that no output may share memory with.
+
+    Raises:
+        UsageError: an unknown name or the wrong number of arrays; one that shares memory with another.
+        ShapeError: an array that does not have exactly the output's dtype and shape, or cannot be written in place.
+    """
+    if isinstance(out, Mapping):
+        names = [port.name for port in ports]
+        if unknown := [name for name in out if name not in names]:
+            raise UsageError(f"out: there is no output {unknown[0]!r}; the outputs are {', '.join(names)}")
+        given = [out.get(name) for name in names]
+    else:
+        given = list(out) if isinstance(out, list | tuple) else [out]
+        if len(given) != len(ports):
+            raise UsageError(f"out: the model has {len(ports)} outputs, got {len(given)} arrays")
+    arrays: list[np.ndarray | None] = []
+    taken = list(inputs)
+    for value, port, shape in zip(given, ports, shapes, strict=True):
+        if value is None:
+            arrays.append(None)
+            continue
+        array = _out_array(value, port, shape)
+        if any(np.may_share_memory(array, other) for other in taken):
+            raise UsageError(f"out: the array for output {port.name!r} shares memory with an input or another output")
+        taken.append(array)
+        arrays.append(array)
+    return arrays
+
+
+def _out_array(value: Any, port: Port, shape: tuple[int, ...]) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        array = value
+    elif hasattr(value, "__dlpack__"):
+        try:
+            array = dlpack.view(value)
+        except ValueError as error:
+            raise ShapeError(f"out: output {port.name!r}: cannot use this {type(value).__name__}: {error}") from error
+    else:
+        raise ShapeError(
+            f"out: output {port.name!r}: expected a numpy array or DLPack tensor, got {type(value).__name__}"
+        )
+    if array.dtype != numpy_dtype(port.dtype) or not array.dtype.isnative or array.shape != shape:
+        expected = f"{port.dtype}[{', '.join(map(str, shape))}]"
+        raise ShapeError(f"out: output {port.name!r}: expected {expected}, got {describe_array(array)}")
+    if not (array.flags.c_contiguous and array.flags.aligned and array.flags.writeable):
+        raise ShapeError(f"out: output {port.name!r}: the array must be C-contiguous, aligned and writable")
+    return array

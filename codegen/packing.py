@@ -1,0 +1,164 @@
+"""Weights as the C kernels stream through them, and the number of work units that each kernel template counts.
+
+Every x86 target reads the same layouts, so a weight is packed and stored once. Columns (output channels) come in panels
+of :data:`PANEL`; those beyond the last one are zeros. Image channels come in blocks of :data:`CHANNELS`. All packing
+functions keep the dtype and return a new C-contiguous array.
+
+The unit formulas repeat what the templates of the same name compute (``templates/c/*.jinja``); sizes may be symbolic.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..runtime.sizes import Size, add, ceildiv, floordiv, maximum, minimum, mul
+
+PANEL = 32
+"""Output columns that lie side by side in packed weights."""
+CHANNELS = 16
+"""Channels that lie side by side in a channels-blocked image."""
+ROWS = 96
+"""Most rows (of a matrix) or pixels (of an image) in one work unit."""
+
+_GATHER_SCRATCH = 20480
+_DEPTHWISE_SCRATCH = 1280
+_DEPTHWISE_ROWS = 8
+_DEPTHWISE_COLUMNS = 64
+
+
+def pack_matmul(weight: np.ndarray) -> np.ndarray:
+    """``[..., K, N]`` as panels ``[..., ceil(N/32), K, 32]``."""
+    *batch, k, n = weight.shape
+    panels = -(-n // PANEL)
+    padded = np.zeros((*batch, k, panels * PANEL), weight.dtype)
+    padded[..., :n] = weight
+    return np.ascontiguousarray(np.moveaxis(padded.reshape(*batch, k, panels, PANEL), -2, -3))
+
+
+def pack_convolution(weight: np.ndarray) -> np.ndarray:
+    """``[OC, IC/groups, KH, KW]`` for ``convolution.c.jinja``: ``[ceil(OC/32), IC/groups * KH * KW, 32]``.
+
+    The middle axis runs over blocks of 16 input channels, then KH, KW and the channels in the block; the last block
+    has only the channels that exist.
+    """
+    channels = weight.shape[1]
+    blocks = [weight[:, first : first + CHANNELS] for first in range(0, channels, CHANNELS)]
+    rows = np.concatenate([block.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]) for block in blocks])
+    return pack_matmul(rows)
+
+
+def pack_convolution_gathered(weight: np.ndarray, groups: int = 1) -> np.ndarray:
+    """``[OC, IC/groups, KH, KW]`` for ``convolution_gathered.c.jinja``.
+
+    Gives ``[groups, ceil(OC/groups/32), IC/groups * KH * KW, 32]``.
+    """
+    outputs = weight.shape[0] // groups
+    rows = weight.reshape(groups, outputs, -1).transpose(0, 2, 1)
+    return pack_matmul(rows)
+
+
+def pack_depthwise(weight: np.ndarray) -> np.ndarray:
+    """``[C, 1, KH, KW]`` for ``depthwise.c.jinja``: ``[ceil(C/16), KH, KW, 16]``, zeros beyond C."""
+    return np.ascontiguousarray(block_channels(weight.transpose(1, 0, 2, 3))[0])
+
+
+def block_channels(image: np.ndarray) -> np.ndarray:
+    """``[N, C, H, W]`` as ``[N, ceil(C/16), H, W, 16]``, zeros beyond C."""
+    n, c, h, w = image.shape
+    blocks = -(-c // CHANNELS)
+    padded = np.zeros((n, blocks * CHANNELS, h, w), image.dtype)
+    padded[:, :c] = image
+    return np.ascontiguousarray(padded.reshape(n, blocks, CHANNELS, h, w).transpose(0, 1, 3, 4, 2))
+
+
+def unblock_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """Inverse of :func:`block_channels`."""
+    n, blocks, h, w, _ = image.shape
+    return np.ascontiguousarray(image.transpose(0, 1, 4, 2, 3).reshape(n, blocks * CHANNELS, h, w)[:, :channels])
+
+
+def matmul_units(batch: Size, m: Size, n: Size) -> Size:
+    """Work units of ``matmul.c.jinja``: a panel of a block of rows each."""
+    return mul(batch, ceildiv(m, ROWS), ceildiv(n, PANEL))
+
+
+def can_convolve_blocked(channels: int, outputs: int, groups: int, kernel: tuple[int, int]) -> bool:
+    """Whether ``convolution.c.jinja`` takes this convolution of a channels-blocked image.
+
+    Args:
+        channels: input channels of all groups.
+        outputs: output channels of all groups.
+        groups: groups of channels.
+        kernel: its height and width.
+    """
+    whole = groups == 1 or (channels // groups % CHANNELS == 0 and outputs // groups % PANEL == 0)
+    return whole and max(kernel) <= 64
+
+
+def convolution_units(batch: Size, oh: Size, ow: Size, outputs: int) -> Size:
+    """Work units of ``convolution.c.jinja``: a panel of a block of pixels each."""
+    return mul(batch, ceildiv(mul(oh, ow), ROWS), ceildiv(outputs, PANEL))
+
+
+def can_gather(kernel: tuple[int, int], dilation: tuple[int, int]) -> bool:
+    """Whether the window of one pixel fits the scratch of ``convolution_gathered.c.jinja``."""
+    return kernel[0] * _reach(kernel[1], dilation[1]) <= _GATHER_SCRATCH
+
+
+def convolution_gathered_units(
+    batch: Size,
+    oh: Size,
+    ow: Size,
+    outputs: int,
+    groups: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Size:
+    """Work units of ``convolution_gathered.c.jinja``: a panel of a band of a slice of columns each."""
+    reach = _reach(kernel[1], dilation[1])
+    slices, width = _slices(ow, min(ROWS, (_GATHER_SCRATCH // kernel[0] - reach) // stride[1] + 1), stride[1], reach)
+    columns = maximum(1, ceildiv(ow, slices))
+    most_rows = maximum(1, minimum(floordiv(ROWS, columns), floordiv(_GATHER_SCRATCH, mul(width, kernel[0]))))
+    panels = groups * -(-(outputs // groups) // PANEL)
+    return mul(batch, ceildiv(oh, most_rows), slices, panels) if ow != 0 else 0
+
+
+def can_convolve_depthwise(kernel: tuple[int, int], dilation: tuple[int, int]) -> bool:
+    """Whether the window of one pixel fits the scratch of ``depthwise.c.jinja``."""
+    return kernel[0] * _reach(kernel[1], dilation[1]) <= _DEPTHWISE_SCRATCH
+
+
+def depthwise_units(
+    batch: Size,
+    channels: int,
+    oh: Size,
+    ow: Size,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Size:
+    """Work units of ``depthwise.c.jinja``: a band of a slice of columns of a block of channels each."""
+    reach = _reach(kernel[1], dilation[1])
+    most_columns = min(_DEPTHWISE_COLUMNS, (_DEPTHWISE_SCRATCH // kernel[0] - reach) // stride[1] + 1)
+    slices, width = _slices(ow, most_columns, stride[1], reach)
+    fitting = floordiv(_DEPTHWISE_SCRATCH, width)
+    most_rows = minimum(_DEPTHWISE_ROWS, _rows_in(fitting, kernel[0], stride[0])) if dilation[0] == 1 else 1
+    return mul(batch, -(-channels // CHANNELS), ceildiv(oh, most_rows), slices) if ow != 0 else 0
+
+
+def _reach(taps: int, dilation: int) -> int:
+    """Input columns from the first to the last tap."""
+    return (taps - 1) * dilation + 1
+
+
+def _slices(ow: Size, most: int, stride: int, reach: int) -> tuple[Size, Size]:
+    """Slices of at most ``most`` of ``ow`` output columns, and how many input columns the widest reads."""
+    slices = maximum(1, ceildiv(ow, most))
+    columns = maximum(1, ceildiv(ow, slices))
+    return slices, add(mul(columns, stride), reach - stride)
+
+
+def _rows_in(lines: Size, taps: int, stride: int) -> Size:
+    """Output rows whose windows fit into that many input rows."""
+    return add(floordiv(add(lines, -taps), stride), 1)

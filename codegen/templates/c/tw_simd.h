@@ -1,0 +1,146 @@
+/* Vectors and the register-blocked product that matrix kernels are built from.
+ *
+ * One source serves every instruction set: GNU vector types as wide as the target's registers, TW_MR rows of a product
+ * kept in registers at once. Weights are packed in panels of TW_PANEL columns on every target, so that one copy serves
+ * all. Accumulators are named variables (macros repeat the statements): both GCC and clang then keep them in registers,
+ * which they do not promise for arrays.
+ *
+ * Every product adds its terms one after another along k, one fused multiply-add each. Neither the number of rows
+ * computed together nor a pause between two blocks of k changes a result by a bit.
+ */
+#ifndef TW_SIMD_H
+#define TW_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define TW_LANES 16 /* floats in a vector */
+#define TW_MR 12    /* rows in registers: 12 x 2 accumulators, 2 vectors of B, 1 broadcast of A, of 32 registers */
+#else
+#define TW_LANES 8
+#define TW_MR 6 /* 6 x 2 accumulators, 2 vectors of B, 1 broadcast of A, of 16 registers */
+#endif
+#define TW_PANEL 32 /* columns of B that are packed together */
+#define TW_ALIGNED __attribute__((aligned(64)))
+
+typedef float tw_vec __attribute__((vector_size(TW_LANES * 4)));
+typedef float tw_vec_anywhere __attribute__((vector_size(TW_LANES * 4), aligned(4), may_alias));
+
+static inline tw_vec tw_load(const float *p) { return *(const tw_vec_anywhere *)p; }
+static inline void tw_store(float *p, tw_vec v) { *(tw_vec_anywhere *)p = v; }
+static inline int64_t tw_smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t tw_larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t tw_ceildiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#define TW_REPEAT_1(X) X(0)
+#define TW_REPEAT_2(X) TW_REPEAT_1(X) X(1)
+#define TW_REPEAT_3(X) TW_REPEAT_2(X) X(2)
+#define TW_REPEAT_4(X) TW_REPEAT_3(X) X(3)
+#define TW_REPEAT_5(X) TW_REPEAT_4(X) X(4)
+#define TW_REPEAT_6(X) TW_REPEAT_5(X) X(5)
+#define TW_REPEAT_7(X) TW_REPEAT_6(X) X(6)
+#define TW_REPEAT_8(X) TW_REPEAT_7(X) X(7)
+#define TW_REPEAT_9(X) TW_REPEAT_8(X) X(8)
+#define TW_REPEAT_10(X) TW_REPEAT_9(X) X(9)
+#define TW_REPEAT_11(X) TW_REPEAT_10(X) X(10)
+#define TW_REPEAT_12(X) TW_REPEAT_11(X) X(11)
+
+/* Instantiate X(rows) for 1..TW_MR, and call the function for a number of rows known at run time. */
+#define TW_CASE(function, rows, ...) \
+    case rows: function##rows(__VA_ARGS__); break;
+#if TW_MR == 12
+#define TW_FOR_EACH_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
+#define TW_SWITCH_ROWS(function, rows, ...) \
+    switch (rows) { \
+        TW_CASE(function, 1, __VA_ARGS__) TW_CASE(function, 2, __VA_ARGS__) TW_CASE(function, 3, __VA_ARGS__) \
+        TW_CASE(function, 4, __VA_ARGS__) TW_CASE(function, 5, __VA_ARGS__) TW_CASE(function, 6, __VA_ARGS__) \
+        TW_CASE(function, 7, __VA_ARGS__) TW_CASE(function, 8, __VA_ARGS__) TW_CASE(function, 9, __VA_ARGS__) \
+        TW_CASE(function, 10, __VA_ARGS__) TW_CASE(function, 11, __VA_ARGS__) TW_CASE(function, 12, __VA_ARGS__) \
+    }
+#else
+#define TW_FOR_EACH_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#define TW_SWITCH_ROWS(function, rows, ...) \
+    switch (rows) { \
+        TW_CASE(function, 1, __VA_ARGS__) TW_CASE(function, 2, __VA_ARGS__) TW_CASE(function, 3, __VA_ARGS__) \
+        TW_CASE(function, 4, __VA_ARGS__) TW_CASE(function, 5, __VA_ARGS__) TW_CASE(function, 6, __VA_ARGS__) \
+    }
+#endif
+
+/* Accumulators x_r and y_r of row r: two vectors side by side, against the vectors b0 and b1 of B. */
+#define TW_ZERO(r) tw_vec x##r = {0}, y##r = {0};
+#define TW_RESUME(r) x##r = tw_load(sums + r * TW_PANEL), y##r = tw_load(sums + r * TW_PANEL + TW_LANES);
+#define TW_STEP(r) x##r += a##r[k] * b0, y##r += a##r[k] * b1;
+#define TW_FINISH(r) tw_store(sums + r * TW_PANEL, x##r), tw_store(sums + r * TW_PANEL + TW_LANES, y##r);
+
+/* sums[r][0..2*TW_LANES) (+)= sum over k < depth of a[r*stride + k] * b[k*32 + ...]; resume: continue what is in sums. */
+#define TW_ROW_POINTER(r) const float *const a##r = a + r * stride;
+#define TW_DEFINE_PRODUCT(ROWS) \
+    static __attribute__((unused, noinline)) void tw_product_##ROWS( \
+        const float *a, int64_t stride, const float *b, int64_t depth, float *sums, int resume) { \
+        TW_REPEAT_##ROWS(TW_ROW_POINTER) \
+        TW_REPEAT_##ROWS(TW_ZERO) \
+        if (resume) { TW_REPEAT_##ROWS(TW_RESUME) } \
+        for (int64_t k = 0; k < depth; k++, b += TW_PANEL) { \
+            const tw_vec b0 = tw_load(b), b1 = tw_load(b + TW_LANES); \
+            TW_REPEAT_##ROWS(TW_STEP) \
+        } \
+        TW_REPEAT_##ROWS(TW_FINISH) \
+    }
+TW_FOR_EACH_ROWS(TW_DEFINE_PRODUCT)
+
+#if TW_LANES * 2 < TW_PANEL
+/* With few rows the panel itself is the traffic: read whole rows of it, not each half of it in turn. */
+#define TW_ZERO_WIDE(r) tw_vec w##r = {0}, x##r = {0}, y##r = {0}, z##r = {0};
+#define TW_RESUME_WIDE(r) \
+    w##r = tw_load(sums + r * TW_PANEL), x##r = tw_load(sums + r * TW_PANEL + 8); \
+    y##r = tw_load(sums + r * TW_PANEL + 16), z##r = tw_load(sums + r * TW_PANEL + 24);
+#define TW_STEP_WIDE(r) w##r += a##r[k] * b0, x##r += a##r[k] * b1, y##r += a##r[k] * b2, z##r += a##r[k] * b3;
+#define TW_FINISH_WIDE(r) \
+    tw_store(sums + r * TW_PANEL, w##r), tw_store(sums + r * TW_PANEL + 8, x##r); \
+    tw_store(sums + r * TW_PANEL + 16, y##r), tw_store(sums + r * TW_PANEL + 24, z##r);
+#define TW_DEFINE_PRODUCT_WIDE(ROWS) \
+    static __attribute__((unused, noinline)) void tw_product_wide_##ROWS( \
+        const float *a, int64_t stride, const float *b, int64_t depth, float *sums, int resume) { \
+        TW_REPEAT_##ROWS(TW_ROW_POINTER) \
+        TW_REPEAT_##ROWS(TW_ZERO_WIDE) \
+        if (resume) { TW_REPEAT_##ROWS(TW_RESUME_WIDE) } \
+        for (int64_t k = 0; k < depth; k++, b += TW_PANEL) { \
+            const tw_vec b0 = tw_load(b), b1 = tw_load(b + 8), b2 = tw_load(b + 16), b3 = tw_load(b + 24); \
+            TW_REPEAT_##ROWS(TW_STEP_WIDE) \
+        } \
+        TW_REPEAT_##ROWS(TW_FINISH_WIDE) \
+    }
+TW_DEFINE_PRODUCT_WIDE(1)
+TW_DEFINE_PRODUCT_WIDE(2)
+#endif
+
+/* sums[rows][32] (+)= a[rows][depth] * b[depth][32], rows <= TW_MR; rows of a are `stride` floats apart. */
+static inline void tw_product(
+    int64_t rows, const float *a, int64_t stride, const float *b, int64_t depth, float *sums, int resume) {
+#if TW_LANES * 2 < TW_PANEL
+    if (rows == 1) {
+        tw_product_wide_1(a, stride, b, depth, sums, resume);
+    } else if (rows == 2) {
+        tw_product_wide_2(a, stride, b, depth, sums, resume);
+    } else {
+        TW_SWITCH_ROWS(tw_product_, rows, a, stride, b, depth, sums, resume)
+        TW_SWITCH_ROWS(tw_product_, rows, a, stride, b + 16, depth, sums + 16, resume)
+    }
+#else
+    TW_SWITCH_ROWS(tw_product_, rows, a, stride, b, depth, sums, resume)
+#endif
+}
+
+/* The same for any number of rows, cut into near-equal tiles of at most TW_MR. */
+static inline void tw_product_rows(
+    int64_t rows, const float *a, int64_t stride, const float *b, int64_t depth, float *sums, int resume) {
+    const int64_t tiles = tw_ceildiv(rows, TW_MR);
+    for (int64_t t = 0, row = 0; t < tiles; t++) {
+        const int64_t next = rows * (t + 1) / tiles;
+        tw_product(next - row, a + row * stride, stride, b, depth, sums + row * TW_PANEL, resume);
+        row = next;
+    }
+}
+
+#endif

@@ -57,6 +57,8 @@ class Kernel:
         self.builder = Builder()
         self.ranges: dict[str, tuple[int, int]] = dict(ranges)
         self.extents: dict[str, Size] = {}
+        self.storage: dict[str, str] = {}  # buffer parameter → storage dtype
+        self.layouts: dict[str, str] = {}  # buffer parameter → layout
 
     def variable(self, name: str, extent: Size) -> str:
         """Declare a loop variable: 0 <= name < extent."""
@@ -81,6 +83,8 @@ class Kernel:
     def buffer(self, name: str, shape: Sequence[Size], dtype: str, layout: str = "rows") -> Value:
         """A buffer parameter as a value."""
         shape = tuple(shape)
+        self.storage[name] = dtype
+        self.layouts[name] = layout
 
         def at(index: tuple[Size, ...], mask: Expr | None) -> Expr:
             return self.builder.load(name, self.offset(shape, layout, index), dtype, mask)

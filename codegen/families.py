@@ -1,0 +1,9 @@
+"""The kernel families by name: what a region's ``family`` selects."""
+
+from __future__ import annotations
+
+from .regions import Family, loop_family
+
+FAMILIES: dict[str, Family] = {
+    "loop": loop_family,
+}

@@ -1,0 +1,351 @@
+"""Loop kernels: any pointwise chain over one iteration space, with views, gathers and reductions inside.
+
+The space is the result's shape in its storage order. Its innermost axis is the vector axis; all others, and chunks of a
+long innermost one, are independent units of work. What differs is where reductions stand (see :mod:`.emit`):
+
+- none: neighbouring axes that every access walks contiguously are merged into one, which is then cut into chunks;
+- rows: no reduction depends on the vector axis (softmax, the norms): a unit is a row, expressions that several passes
+  over the row need are kept on the stack;
+- lanes: reductions depend on the vector axis and neighbouring lanes read neighbouring elements (pooling, sums over outer
+  axes): accumulators are arrays over the lanes;
+- each: reductions depend on the innermost axis but run along memory themselves (mean over height and width): every
+  element of the result is a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..runtime import sizes
+from ..runtime.sizes import Size
+from . import dialect_c
+from .emit import SIMD, Emitter, Lanes, Scope, count_loop, plan_row_cache
+from .expr import Call, Expr, Load, Reduce, coefficient, offsets, walk
+from .kernel import KernelCode, Parameter, frame
+from .values import LANES, Kernel, Value
+
+CHUNK = 4096  # elements of the innermost axis in one unit of a kernel without reductions
+LANE_CHUNK = 64  # lanes of one unit where reductions depend on a long innermost axis
+ROW_STACK = 96 * 1024  # bytes of the stack that kept rows may use
+
+
+@dataclass(frozen=True)
+class Output:
+    """A result of the kernel: the parameter it is stored to and its value."""
+
+    parameter: Parameter
+    value: Value
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One loop of the iteration space."""
+
+    variable: str
+    extent: Size
+
+
+Make = Callable[[Kernel], tuple[Sequence[Parameter], Sequence[Output]]]
+
+
+def build_loop(make: Make, ranges: dict[str, tuple[int, int]], label: str) -> KernelCode:
+    """Generate a loop kernel.
+
+    Args:
+        make: builds the region's values in a fresh :class:`Kernel`; called once or twice, since the form of the index
+            is chosen after looking at the accesses.
+        ranges: bounds of the call's symbols.
+        label: words for the kernel's name.
+    """
+    draft = _Draft(make, ranges, split=0)
+    builder, vector = draft.kernel.builder, draft.space.axes[-1].variable
+    reductions = [node for node in walk(builder, draft.roots) if isinstance(node, Reduce)]
+    if not reductions:
+        form = _pointwise
+    elif not any(vector in builder.free(node) for node in reductions):
+        form = _rows
+    elif draft.space.blocked:
+        form = _lanes
+    else:
+        # Cut the innermost axis so that a blocked operand's channels become (block, lane) without a division.
+        cut = _Draft(make, ranges, split=LANES if _reads_blocked(draft.parameters) else LANE_CHUNK)
+        form = _lanes if _lanes_pay(cut.kernel, cut.roots, cut.space.axes[-1].variable) else _each
+        draft = cut if form is _lanes else _Draft(make, ranges, split=0)
+    kernel, parameters, outputs = draft.kernel, draft.parameters, draft.outputs
+    body = form(kernel, draft.space, outputs, draft.roots)
+    lines, units, roots = body
+    used = set().union(*(kernel.builder.free(root) for root in roots), kernel.builder.free_size(units))
+    used |= {name for output in outputs for extent in output.parameter.shape for name in sizes.symbols_of(extent)}
+    symbols = tuple(name for name in ranges if name in used)
+    return KernelCode(
+        family="loop",
+        label=label,
+        source=frame(lines, parameters, symbols),
+        symbols=symbols,
+        units=units,
+        flops=_flops(kernel, roots, outputs[0].parameter),
+        bytes=sizes.add(*(parameter.bytes() for parameter in parameters)),
+        parameters=tuple(parameters),
+    )
+
+
+class _Space:
+    """The iteration space of a result: its axes in storage order and the logical index they stand for."""
+
+    def __init__(self, kernel: Kernel, result: Parameter, *, split: int) -> None:
+        self.kernel = kernel
+        self.result = result
+        self.blocked = result.layout == "channels16"
+        self.lane_limit: Size | None = None  # number of lanes in this block or chunk where it is not constant
+        axes: list[Axis] = []
+        index: list[Size] = []
+        shape = result.shape or (1,)
+        for position, extent in enumerate(shape):
+            if self.blocked and position == 1:
+                axes.append(self._axis("b1", sizes.ceildiv(extent, LANES)))
+                index.append(sizes.add(sizes.mul("b1", LANES), "l1"))
+                continue
+            if split and position == len(shape) - 1:
+                axes.append(self._axis("c", sizes.ceildiv(extent, split)))
+                most = min(split, sizes.bounds(extent, kernel.ranges)[1]) if isinstance(extent, int) else split
+                axes.append(self._axis("l", most))
+                index.append(sizes.add(sizes.mul("c", split), "l"))
+                if not (isinstance(extent, int) and extent % most == 0):
+                    self.lane_limit = sizes.minimum(most, sizes.sub(extent, sizes.mul("c", split)))
+                continue
+            axes.append(self._axis(f"i{position}", extent))
+            index.append(f"i{position}")
+        if self.blocked:
+            axes.append(self._axis("l1", LANES))
+            channels = shape[1]
+            if not (isinstance(channels, int) and channels % LANES == 0):
+                self.lane_limit = sizes.minimum(LANES, sizes.sub(channels, sizes.mul("b1", LANES)))
+        self.axes = axes
+        self.index = tuple(index) if result.shape else ()
+
+    def _axis(self, name: str, extent: Size) -> Axis:
+        return Axis(self.kernel.variable(name, extent), extent)
+
+    def roots(self, outputs: Sequence[Output]) -> list[Expr]:
+        """The results' expressions at this space's index."""
+        return [
+            self.kernel.builder.cast(output.value.at(self.index), output.parameter.dtype) for output in outputs
+        ]
+
+    def offset(self, parameter: Parameter) -> Size:
+        """Where an element of a result is stored."""
+        return self.kernel.offset(parameter.shape, parameter.layout, self.index) if parameter.shape else 0
+
+    def outer(self) -> list[Axis]:
+        """All axes but the vector axis, without those of extent 1."""
+        return [axis for axis in self.axes[:-1] if axis.extent != 1]
+
+
+class _Draft:
+    """The region's values in a fresh kernel, at the index of one form of the iteration space."""
+
+    def __init__(self, make: Make, ranges: dict[str, tuple[int, int]], *, split: int) -> None:
+        self.kernel = Kernel(ranges)
+        self.parameters, self.outputs = make(self.kernel)
+        self.space = _Space(self.kernel, self.outputs[0].parameter, split=split)
+        self.roots = self.space.roots(self.outputs)
+
+
+Body = tuple[list[str], Size, list[Expr]]
+
+
+def _unit_loop(axes: Sequence[Axis], inner: Sequence[str], declarations: Sequence[str] = ()) -> list[str]:
+    """The loop over units, with the axes' variables taken from the unit's number."""
+    lines = ["for (int64_t unit = begin; unit < end; unit++) {"]
+    if len(axes) == 1:
+        lines.append(f"    const int64_t {axes[0].variable} = unit;")
+    elif axes:
+        lines.append("    int64_t rest = unit;")
+        for axis in reversed(axes[1:]):
+            extent = dialect_c.size(axis.extent)
+            extent = f"({extent})" if isinstance(axis.extent, sizes.Op) else extent
+            lines.append(f"    const int64_t {axis.variable} = rest % {extent};")
+            lines.append(f"    rest /= {extent};")
+        lines.append(f"    const int64_t {axes[0].variable} = rest;")
+    return [*declarations, *lines, *(f"    {line}" for line in inner), "}"]
+
+
+def _emitter(kernel: Kernel, outputs: Sequence[Output], lanes: Lanes | None = None) -> Emitter:
+    dtypes = dict(kernel.storage)
+    dtypes.update({output.parameter.name: output.parameter.dtype for output in outputs})
+    return Emitter(kernel.builder, dtypes, lanes)
+
+
+def _pointwise(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: list[Expr]) -> Body:
+    builder = kernel.builder
+    stores = [space.offset(output.parameter) for output in outputs]
+    axes = list(space.axes)
+    limit = space.lane_limit
+    if limit is not None and _padding_is_readable(kernel, roots, axes[-1].variable):
+        limit = None
+    if limit is None:
+        axes, roots, stores = _merge(kernel, axes, roots, stores)
+    axes = [axis for axis in axes[:-1] if axis.extent != 1] + axes[-1:]
+    vector = axes[-1]
+    most = sizes.bounds(vector.extent, kernel.ranges)[1]
+    if most > 2 * CHUNK:
+        chunk = kernel.variable("chunk", sizes.ceildiv(vector.extent, CHUNK))
+        inner = kernel.variable("e", CHUNK)
+        place = sizes.add(sizes.mul(chunk, CHUNK), inner)
+        roots = [builder.rewrite(root, {vector.variable: place}) for root in roots]
+        stores = [sizes.substitute(store, {vector.variable: place}) for store in stores]
+        count = dialect_c.size(sizes.minimum(CHUNK, sizes.sub(vector.extent, sizes.mul(chunk, CHUNK))))
+        axes = [*axes[:-1], Axis(chunk, sizes.ceildiv(vector.extent, CHUNK)), Axis(inner, CHUNK)]
+    else:
+        count = dialect_c.size(vector.extent if limit is None else limit)
+    emitter = _emitter(kernel, outputs)
+    unit = Scope(emitter, None, [axis.variable for axis in axes[:-1]])
+    element = unit.child(axes[-1].variable)
+    for output, root, store in zip(outputs, roots, stores, strict=True):
+        element.store(output.parameter.name, store, root)
+    unit.close(element, count_loop(axes[-1].variable, count), simd=_simd(element))
+    lines = _unit_loop(axes[:-1], unit.lines)
+    return lines, sizes.product(axis.extent for axis in axes[:-1]), roots
+
+
+def _simd(scope: Scope) -> str:
+    """The vector pragma, unless the loop holds a run-time index check (a fault is an atomic store)."""
+    return "" if any("tw_index(" in line for line in scope.lines) else SIMD
+
+
+def _rows(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: list[Expr]) -> Body:
+    vector = space.axes[-1]
+    emitter = _emitter(kernel, outputs)
+    most = sizes.bounds(vector.extent, kernel.ranges)[1]
+    cache = plan_row_cache(emitter, roots, vector.variable, vector.extent)
+    declarations = []
+    if cache.arrays and most * sum(dialect_c.BYTES[expr.dtype] for expr in cache.arrays) <= ROW_STACK:
+        emitter.cache = cache
+        declarations = [
+            f"{dialect_c.TYPES[expr.dtype]} {name}[{most}] __attribute__((aligned(64)));"
+            for expr, name in cache.arrays.items()
+        ]
+    outer = space.outer()
+    unit = Scope(emitter, None, [axis.variable for axis in outer])
+    element = unit.child(vector.variable)
+    for output, root in zip(outputs, roots, strict=True):
+        element.store(output.parameter.name, space.offset(output.parameter), root)
+    count = dialect_c.size(space.lane_limit if space.lane_limit is not None else vector.extent)
+    unit.close(element, count_loop(vector.variable, count), simd=_simd(element))
+    return _unit_loop(outer, unit.lines, declarations), sizes.product(axis.extent for axis in outer), roots
+
+
+def _lanes(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: list[Expr]) -> Body:
+    vector = space.axes[-1]
+    most = sizes.bounds(vector.extent, kernel.ranges)[1]
+    count = dialect_c.size(vector.extent)
+    lines: list[str] = []
+    if space.lane_limit is not None:
+        lines = [f"const int64_t lanes = {dialect_c.size(space.lane_limit)};"]
+        count = "lanes"
+    outer = space.outer()
+    emitter = _emitter(kernel, outputs, Lanes(vector.variable, count, most))
+    unit = Scope(emitter, None, [axis.variable for axis in outer])
+    unit.lines.extend(lines)
+    element = unit.child(vector.variable)
+    for output, root in zip(outputs, roots, strict=True):
+        element.store(output.parameter.name, space.offset(output.parameter), root)
+    unit.close(element, count_loop(vector.variable, count), simd=_simd(element))
+    return _unit_loop(outer, unit.lines), sizes.product(axis.extent for axis in outer), roots
+
+
+def _each(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: list[Expr]) -> Body:
+    axes = [axis for axis in space.axes if axis.extent != 1]
+    emitter = _emitter(kernel, outputs)
+    unit = Scope(emitter, None, [axis.variable for axis in axes])
+    for output, root in zip(outputs, roots, strict=True):
+        unit.store(output.parameter.name, space.offset(output.parameter), root)
+    return _unit_loop(axes, unit.lines), sizes.product(axis.extent for axis in axes), roots
+
+
+def _lanes_pay(kernel: Kernel, roots: list[Expr], lane: str) -> bool:
+    """Whether reductions read neighbouring elements in neighbouring lanes."""
+    for node in walk(kernel.builder, roots):
+        if isinstance(node, Reduce) and lane in kernel.builder.free(node):
+            for load in walk(kernel.builder, [node.body]):
+                if isinstance(load, Load) and coefficient(load.offset, lane) == 1:
+                    return True
+    return False
+
+
+def _reads_blocked(parameters: Sequence[Parameter]) -> bool:
+    return any(parameter.layout == "channels16" and not parameter.written for parameter in parameters)
+
+
+def _padding_is_readable(kernel: Kernel, roots: list[Expr], lane: str) -> bool:
+    """Whether every access that moves with the lane is to a blocked buffer, whose padding lanes exist."""
+    for node in walk(kernel.builder, roots):
+        if isinstance(node, Load) and lane in kernel.builder.free_size(node.offset):
+            if kernel.layouts.get(node.buffer) != "channels16" or coefficient(node.offset, lane) != 1 or node.mask is not None:
+                return False
+        elif lane in set().union(*map(kernel.builder.free_size, offsets(node)), ()) and not isinstance(node, Load):
+            return False
+    return True
+
+
+def _merge(
+    kernel: Kernel, axes: list[Axis], roots: list[Expr], stores: list[Size]
+) -> tuple[list[Axis], list[Expr], list[Size]]:
+    """Merge neighbouring axes wherever every access walks them as one."""
+    builder = kernel.builder
+    position = len(axes) - 2
+    while position >= 0:
+        outer, inner = axes[position], axes[position + 1]
+        accesses = [offset for node in walk(builder, roots) for offset in offsets(node)] + list(stores)
+        if outer.extent == 1 or all(_walks_as_one(builder.free_size, access, outer, inner) for access in accesses):
+            roots = [builder.rewrite(root, {outer.variable: 0}) for root in roots]
+            stores = [sizes.substitute(store, {outer.variable: 0}) for store in stores]
+            extent = sizes.mul(outer.extent, inner.extent)
+            kernel.variable(inner.variable, extent)
+            axes = [*axes[:position], Axis(inner.variable, extent), *axes[position + 2 :]]
+        position -= 1
+    return axes, roots, stores
+
+
+def _walks_as_one(free_size: Callable[[Size], frozenset[str]], access: Size, outer: Axis, inner: Axis) -> bool:
+    names = free_size(access)
+    if outer.variable not in names and inner.variable not in names:
+        return True
+    if (names - sizes.symbols_of(access)) & {outer.variable, inner.variable}:
+        return False
+    step, stride = coefficient(access, inner.variable), coefficient(access, outer.variable)
+    return step is not None and stride is not None and sizes.sub(stride, sizes.mul(step, inner.extent)) == 0
+
+
+def _flops(kernel: Kernel, roots: list[Expr], result: Parameter) -> Size:
+    """Calls per element of the result, those in reductions times their extents."""
+    total: Size = 0
+    seen: set[Expr] = set()
+
+    def count(expr: Expr, times: Size) -> None:
+        nonlocal total
+        for node in walk(kernel.builder, [expr], into_reductions=False):
+            if node in seen:
+                continue
+            seen.add(node)
+            if isinstance(node, Call) and node.op != "cast":
+                total = sizes.add(total, times)
+            elif isinstance(node, Reduce):
+                extent = sizes.product(bound for _, bound in node.loops)
+                if sizes.symbols_of(extent) <= set(kernel.ranges) - set(kernel.extents):
+                    outer = _over_rows(kernel, node, times, result)
+                    total = sizes.add(total, sizes.mul(outer, extent))
+                    count(node.body, sizes.mul(outer, extent))
+
+    for root in roots:
+        count(root, sizes.product(result.shape))
+    return total
+
+
+def _over_rows(kernel: Kernel, node: Reduce, times: Size, result: Parameter) -> Size:
+    """How often a reduction runs: once per row when it does not depend on the innermost axis."""
+    innermost = f"i{len(result.shape) - 1}"
+    if result.layout == "rows" and result.shape and innermost not in kernel.builder.free(node) and times == sizes.product(result.shape):
+        return sizes.product(result.shape[:-1])
+    return times

@@ -1,0 +1,384 @@
+"""Lowering: a program of regions becomes a plan, kernel sources and a table of constants.
+
+Every kernel region becomes one step, in graph order. Nothing is fused or split here; copies are added only where a result
+must lie in memory of its own (an output that is an input, a constant or given twice, a state's new value).
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..passes.graph.program import Program
+from ..passes.graph.regions import body, is_region
+from ..runtime import sizes
+from ..runtime.errors import CompileError, UnsupportedOperator
+from ..runtime.plan import (
+    Buffer, Check, Constant, Origin, Plan, Port, Ref, StateBuffer, Step, Symbol, Variant,
+)  # fmt: skip
+from . import dialect_c
+from .families import FAMILIES
+from .interpret import is_size
+from .kernel import NAME, KernelCode, elements
+from .memory import plan_memory
+from .provenance import origin_of
+from .regions import Made, Task
+from .storage import ConstantTable, Recipe, Storage, is_constant, recipe_of
+from .symbols import SymbolTable
+from .values import dtype_name
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """A kernel with its name: one source file."""
+
+    name: str
+    family: str
+    text: str
+
+
+@dataclass
+class KernelTable:
+    """All kernels of an artifact: equal sources are one kernel, whose name spells out its specialisation."""
+
+    kernels: list[KernelSource] = field(default_factory=list)
+    _by_text: dict[str, str] = field(default_factory=dict)
+    _names: set[str] = field(default_factory=set)
+
+    def add(self, code: KernelCode) -> str:
+        """The kernel's name, after adding it if its source is new."""
+        known = self._by_text.get(code.source)
+        if known is not None:
+            return known
+        shape = max((parameter.shape for parameter in code.parameters if parameter.written), key=len, default=())
+        dims = "x".join(str(extent) if isinstance(extent, int | str) else "n" for extent in shape)
+        base = re.sub(r"\W+", "_", f"{code.family}_{code.label[:72]}_{dims}").strip("_").replace("__", "_")
+        name, count = base, 1
+        while name in self._names:
+            count += 1
+            name = f"{base}_v{count}"
+        self._names.add(name)
+        self._by_text[code.source] = name
+        self.kernels.append(KernelSource(name, code.family, code.source.replace(NAME, name)))
+        return name
+
+
+@dataclass
+class Lowered:
+    """One entry point, lowered: everything of the plan but the places of constants in the weight file."""
+
+    program: Program
+    symbols: tuple[Symbol, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    results: Any
+    checks: tuple[Check, ...]
+    states: tuple[StateBuffer, ...]
+    buffers: tuple[Buffer, ...]
+    steps: tuple[Step, ...]
+
+    def plan(self, constants: Sequence[Constant]) -> Plan:
+        """The finished plan."""
+        return Plan(
+            self.program.name, self.symbols, self.inputs, self.outputs, self.results, self.checks, self.states,
+            tuple(constants), self.buffers, self.steps,
+        )  # fmt: skip
+
+
+def lower(program: Program, kernels: KernelTable, constants: ConstantTable) -> Lowered:
+    """Lower one entry point.
+
+    Raises:
+        UnsupportedOperator: nodes outside regions remain; lists all of them.
+        CompileError: a size or a value cannot be expressed.
+    """
+    return _Lowering(program, kernels, constants).run()
+
+
+class _Lowering:
+    def __init__(self, program: Program, kernels: KernelTable, constants: ConstantTable) -> None:
+        self.program = program
+        self.kernels = kernels
+        self.constants = constants
+        self.symbols = SymbolTable(program)
+        self.storages: dict[fx.Node, Storage | tuple[Storage, ...]] = {}
+        self.inputs: list[Storage] = []
+        self.states: list[Storage] = []
+        self.outputs: list[Storage] = []
+        self.output_of: dict[fx.Node, Storage] = {}
+        self.steps: list[tuple[str, Sequence[Made], Origin, int]] = []
+
+    def run(self) -> Lowered:
+        graph = self.program.graph
+        (returned,) = next(node for node in graph.nodes if node.op == "output").args
+        state_outputs = {state.output for state in self.program.states}
+        leaves = [item for position, item in enumerate(returned) if position not in state_outputs]  # type: ignore[arg-type, union-attr]
+        self._claim_outputs(leaves)
+        for node in graph.nodes:
+            self._visit(node)
+        for leaf in leaves:
+            self._deliver(leaf)
+        for state, storage in zip(self.program.states, self.states, strict=True):
+            new = returned[state.output]  # type: ignore[index]
+            if self._storage(new) is not storage:
+                self._copy(new, storage)
+        return self._finish(leaves)
+
+    # -- nodes ---------------------------------------------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            kind, places = ("input", self.inputs) if len(self.inputs) < len(self.program.inputs) else ("state", self.states)
+            storage = Storage(kind, self.symbols.shape(value), dtype_name(value.dtype), name=node.name, index=len(places))
+            places.append(storage)
+            self.storages[node] = storage
+        elif is_constant(node):
+            recipe = recipe_of(self.program, node)
+            self.storages[node] = Storage(
+                "constant", recipe.shape, recipe.dtype, name=recipe.label, recipe=recipe, value=_single_value(recipe)
+            )
+        elif is_region(node, "kernel"):
+            self._region(node)
+        elif node.target is operator.getitem and node.args[0] in self.storages:
+            source, position = node.args
+            self.storages[node] = self.storages[source][position]  # type: ignore[index]
+        elif node.op == "output" or is_size(node):
+            return
+        else:
+            raise UnsupportedOperator(f"{node}: {node.target} is outside of any region when lowering starts")
+
+    def _region(self, node: fx.Node) -> None:
+        nested = body(node)
+        values = node.meta["val"]
+        several = isinstance(values, tuple | list)
+        layouts = node.meta.get("layouts", ())
+        users = {user.args[1]: user for user in node.users if user.target is operator.getitem} if several else {0: node}
+        results = []
+        for position, value in enumerate(values if several else (values,)):
+            user = users.get(position)
+            layout = layouts[position] if layouts else "rows"
+            claimed = self.output_of.get(user) if user is not None else None
+            if claimed is not None and layout == "rows":
+                results.append(claimed)
+                claimed.kind = "output"
+                continue
+            name = user.name if user is not None else f"{node.name}_{position}"
+            results.append(
+                Storage("buffer", self.symbols.shape(value), dtype_name(value.dtype), layout, name)
+            )
+        operands = [None if is_size(operand) else self._storage(operand) for operand in node.args]  # type: ignore[arg-type]
+        task = Task(node, nested, operands, results, self.symbols, self.constants)
+        family = node.meta["region"].family
+        try:
+            made = FAMILIES[family](task)
+        except CompileError as error:
+            raise type(error)(f"{origin_of(node).source or node.name}: {error}") from error
+        self.steps.append((family, made, origin_of(node), len(results)))
+        self.storages[node] = tuple(results) if several else results[0]
+
+    def _storage(self, node: fx.Node) -> Storage:
+        storage = self.storages[node]
+        assert isinstance(storage, Storage), node
+        return storage
+
+    # -- outputs and states --------------------------------------------------------------------------------------------
+
+    def _claim_outputs(self, leaves: Sequence[Any]) -> None:
+        """Give every tensor result an output; a node given twice has two, the first of which it may write itself."""
+        for leaf in leaves:
+            if not isinstance(leaf, fx.Node) or is_size(leaf):
+                continue
+            value = leaf.meta["val"]
+            storage = Storage(
+                "copied", self.symbols.shape(value), dtype_name(value.dtype), name=leaf.name, index=len(self.outputs)
+            )
+            self.outputs.append(storage)
+            self.output_of.setdefault(leaf, storage)
+
+    def _deliver(self, leaf: Any) -> None:
+        """Copy a result that its producer did not write into its output."""
+        if not isinstance(leaf, fx.Node) or is_size(leaf):
+            return
+        for storage in self.outputs:
+            if storage.kind == "copied" and storage.name == leaf.name:
+                storage.kind = "output"
+                self._copy(leaf, storage)
+
+    def _copy(self, node: fx.Node, target: Storage) -> None:
+        """Add a step that copies a node's value into another storage."""
+        graph = fx.Graph()
+        source = graph.placeholder("x")
+        source.meta["val"] = node.meta["val"]
+        copy = graph.call_function(torch.ops.aten.clone.default, (source,))
+        copy.meta["val"] = node.meta["val"]
+        graph.output(copy)
+        nested = fx.GraphModule(torch.nn.Module(), graph)
+        task = Task(node, nested, [self._storage(node)], [target], self.symbols, self.constants)
+        self.steps.append(("loop", FAMILIES["loop"](task), origin_of(node), 1))
+
+    # -- the plan ------------------------------------------------------------------------------------------------------
+
+    def _finish(self, leaves: Sequence[Any]) -> Lowered:
+        buffers = self._buffers()
+        steps = tuple(self._step(family, made, origin, results) for family, made, origin, results in self.steps)
+        symbols = self._symbols()
+        return Lowered(
+            program=self.program,
+            symbols=symbols,
+            inputs=tuple(Port(given.name, s.dtype, s.shape) for given, s in zip(self.program.inputs, self.inputs, strict=True)),
+            outputs=tuple(
+                Port(name, s.dtype, s.shape) for name, s in zip(_output_names(self.program.results, leaves), self.outputs, strict=True)
+            ),
+            results=self._results(leaves),
+            checks=self._checks(),
+            states=tuple(self._state(state, s) for state, s in zip(self.program.states, self.states, strict=True)),
+            buffers=plan_memory(buffers, _assignments(symbols)),
+            steps=steps,
+        )
+
+    def _buffers(self) -> list[Buffer]:
+        """Scratch buffers with their lives, numbered by first use."""
+        lives: dict[int, tuple[Storage, int, int]] = {}
+        for number, (_, made, _, _) in enumerate(self.steps):
+            for variant in made:
+                for storage in variant.storages:
+                    if storage.kind == "buffer":
+                        first = lives[id(storage)][1] if id(storage) in lives else number
+                        lives[id(storage)] = (storage, first, number)
+        buffers = []
+        for index, (storage, first, last) in enumerate(lives.values()):
+            storage.index = index
+            size = sizes.mul(elements(storage.shape, storage.layout), dialect_c.BYTES[storage.dtype])
+            buffers.append(Buffer(storage.name, storage.dtype, storage.shape, storage.layout, size, first, last))
+        return buffers
+
+    def _step(self, family: str, made: Sequence[Made], origin: Origin, results: int) -> Step:
+        variants = []
+        name = ""
+        for item in made:
+            name = self.kernels.add(item.code)
+            operands = tuple(Ref(storage.kind, storage.index) for storage in item.storages)  # type: ignore[arg-type]
+            variants.append(
+                Variant(name, operands, item.code.symbols, item.code.units, item.guard, item.code.flops, item.code.bytes)
+            )
+        count = len(made[-1].storages)
+        return Step(name, family, tuple(variants), tuple(range(count - results, count)), origin)
+
+    def _symbols(self) -> tuple[Symbol, ...]:
+        found = []
+        for symbol, entry in self.program.symbols.items():
+            name = self.symbols.names[symbol]
+            place = self._where(name)
+            if place is None:
+                raise CompileError(f"the size {name} is not an axis of any input, so it cannot be read when the model is called")
+            number, axis, factor = place
+            sample = self.program.sample[number].shape[axis] // factor if self.program.sample else entry.minimum
+            found.append(Symbol(name, entry.minimum, entry.maximum, sample, number, axis, factor))
+        return tuple(found)
+
+    def _where(self, name: str) -> tuple[int, int, int] | None:
+        """An input axis from which a symbol can be read: as it is, or times a factor."""
+        scaled = None
+        for number, storage in enumerate(self.inputs):
+            for axis, extent in enumerate(storage.shape):
+                if extent == name:
+                    return number, axis, 1
+                if isinstance(extent, sizes.Op) and extent.op == "mul" and len(extent.args) == 2 and extent.args[0] == name:
+                    factor = extent.args[1]
+                    if isinstance(factor, int) and scaled is None:
+                        scaled = (number, axis, factor)
+        return scaled
+
+    def _checks(self) -> tuple[Check, ...]:
+        checks = []
+        for guard in self.program.guards:
+            condition = self.symbols.size(guard)
+            if isinstance(condition, int):
+                if not condition:
+                    raise CompileError(f"the exporter assumed {guard}, which never holds for the declared sizes")
+                continue
+            checks.append(Check(condition, f"the model was traced assuming {sizes.show(condition)}"))
+        return tuple(checks)
+
+    def _state(self, state: Any, storage: Storage) -> StateBuffer:
+        shape = tuple(extent for extent in storage.shape if isinstance(extent, int))
+        size = sizes.evaluate(sizes.product(shape), {}) * dialect_c.BYTES[storage.dtype]
+        initial = ""
+        if bool(torch.any(state.initial != 0)):
+            tensor = state.initial
+            recipe = Recipe((tensor.data_ptr(), tuple(tensor.shape)), (state.name,), state.name, storage.dtype, shape, lambda: tensor)
+            initial = self.constants.constants[self.constants.request(recipe)].key
+        return StateBuffer(state.name, storage.dtype, shape, size, initial)
+
+    def _results(self, leaves: Sequence[Any]) -> Any:
+        numbers: dict[int, Any] = {}
+        tensors = 0
+        for position, leaf in enumerate(leaves):
+            if isinstance(leaf, fx.Node) and not is_size(leaf):
+                numbers[position] = {"output": tensors}
+                tensors += 1
+            elif isinstance(leaf, fx.Node):
+                numbers[position] = {"size": self.symbols.size(leaf.meta["val"])}
+            else:
+                numbers[position] = {"constant": leaf}
+
+        def build(tree: Any) -> Any:
+            ((kind, value),) = tree.items()
+            if kind == "leaf":
+                return numbers[value]
+            if kind == "dict":
+                return {"dict": {key: build(item) for key, item in value.items()}}
+            if kind in ("tuple", "list"):
+                return {kind: [build(item) for item in value]}
+            return tree
+
+        return build(self.program.results)
+
+
+def _single_value(recipe: Recipe) -> float | int | bool | None:
+    """The value of a constant with one element, which kernels write down instead of loading it."""
+    if recipe.shape == () or (all(extent == 1 for extent in recipe.shape) and len(recipe.shape) <= 2):
+        return recipe.load().item()
+    return None
+
+
+def _output_names(tree: Any, leaves: Sequence[Any]) -> list[str]:
+    """A name per tensor result: its key in a dictionary, else ``output`` with its position."""
+    names: dict[int, str] = {}
+
+    def visit(node: Any, path: str) -> None:
+        ((kind, value),) = node.items()
+        if kind == "leaf":
+            names[value] = path or "output"
+        elif kind == "dict":
+            for key, item in value.items():
+                visit(item, f"{path}.{key}" if path else str(key))
+        elif kind in ("tuple", "list"):
+            for position, item in enumerate(value):
+                visit(item, f"{path}.{position}" if path else f"output{position}")
+
+    visit(tree, "")
+    return [
+        names.get(position, f"output{position}")
+        for position, leaf in enumerate(leaves)
+        if isinstance(leaf, fx.Node) and not is_size(leaf)
+    ]
+
+
+def _assignments(symbols: tuple[Symbol, ...]) -> list[dict[str, int]]:
+    """The smallest, the sample's and the largest sizes."""
+    return [
+        {symbol.name: symbol.minimum for symbol in symbols},
+        {symbol.name: symbol.sample for symbol in symbols},
+        {symbol.name: symbol.maximum for symbol in symbols},
+    ]
+
+
+__all__ = ["KernelSource", "KernelTable", "Lowered", "lower", "replace"]

@@ -1,0 +1,39 @@
+"""Where a kernel comes from: graph nodes, the module path in the model, and the line of the model's source."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+from torch import fx
+
+from ..runtime.plan import Origin
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in')
+
+
+def origin_of(node: fx.Node) -> Origin:
+    """Provenance from a node's meta, with paths relative to the package that they belong to."""
+    stack = node.meta.get("stack_trace") or ""
+    frames = _FRAME.findall(stack)
+    source = f"{relative_path(frames[-1][0])}:{frames[-1][1]}" if frames else ""
+    module = str(node.meta.get("onnx_node") or module_path(node.meta.get("nn_module_stack")))
+    return Origin(tuple(node.meta.get("from", [node.name])), module, source)
+
+
+def module_path(stack: Any) -> str:
+    """The dotted path of the innermost module that a node was traced in."""
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return str(path).removeprefix("L['self'].").removeprefix("L['self']").lstrip(".")
+
+
+def relative_path(file: str) -> str:
+    """A source path from its package on: what is the same on every machine."""
+    path = PurePosixPath(file)
+    for anchor in ("site-packages", "dist-packages"):
+        if anchor in path.parts:
+            return "/".join(path.parts[path.parts.index(anchor) + 1 :])
+    return "/".join(path.parts[-2:])

@@ -1,0 +1,152 @@
+"""From a region to kernels: what every kernel family is given, and the families themselves by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from ..runtime.sizes import Size
+from .interpret import Env, interpret, result_values
+from .kernel import KernelCode, Parameter
+from .loops import Output, build_loop
+from .registry import Region
+from .storage import ConstantTable, Packing, Storage, unique
+from .symbols import SymbolTable
+from .values import Kernel, Value
+
+
+@dataclass
+class Task:
+    """One region to be made into kernels.
+
+    Attributes:
+        node: the region's node in the program.
+        nested: its graph.
+        operands: a storage per placeholder, or ``None`` for a size.
+        results: a storage per result.
+        symbols: translation of symbolic sizes.
+        constants: where packed weights are requested.
+    """
+
+    node: fx.Node
+    nested: fx.GraphModule
+    operands: list[Storage | None]
+    results: list[Storage]
+    symbols: SymbolTable
+    constants: ConstantTable
+
+    def placeholders(self) -> list[fx.Node]:
+        """The region's placeholders, in the order of ``operands``."""
+        return [node for node in self.nested.graph.nodes if node.op == "placeholder"]
+
+    def storage_of(self, placeholder: fx.Node) -> Storage | None:
+        """The storage behind a placeholder."""
+        return self.operands[self.placeholders().index(placeholder)]
+
+    def packed(self, storage: Storage, packing: Packing) -> Storage:
+        """A constant operand in the layout that a kernel streams through."""
+        assert storage.recipe is not None
+        index = self.constants.request(storage.recipe, packing)
+        return Storage("constant", packing.shape, "float32", name=self.constants.constants[index].key, index=index)
+
+    def label(self) -> str:
+        """Words for a kernel's name: the operators of the region."""
+        words = []
+        for node in self.nested.graph.nodes:
+            if node.op == "call_function" and hasattr(node.target, "_schema"):
+                words.append(str(node.target._schema.name).split("::")[-1].strip("_"))
+        return "_".join(dict.fromkeys(words))
+
+
+@dataclass(frozen=True)
+class Made:
+    """A kernel and the storages of its parameters, under a guard."""
+
+    code: KernelCode
+    storages: tuple[Storage, ...]
+    guard: Size = 1
+
+
+class Frame:
+    """The parameters of one kernel: operands that it reads, in first-use order, then results."""
+
+    def __init__(self, task: Task, *, skip: Sequence[fx.Node] = (), extra: Sequence[Storage] = ()) -> None:
+        self.task = task
+        self._placeholders = [node for node in task.placeholders() if node not in skip]
+        reads = [task.storage_of(node) for node in self._placeholders]
+        inline = [storage for storage in reads if storage is not None and storage.value is not None]
+        plain = [storage for storage in reads if storage is not None and storage not in inline]
+        for storage in plain:
+            if storage.recipe is not None and storage.index < 0:
+                storage.index = task.constants.request(storage.recipe)
+        self.reads = unique([*plain, *extra])
+        self.storages = (*self.reads, *task.results)
+        names = {id(storage): f"x{position}" for position, storage in enumerate(self.reads)}
+        names |= {id(storage): f"y{position}" for position, storage in enumerate(task.results)}
+        self._names = names
+        self.parameters = tuple(self.parameter(storage) for storage in self.storages)
+
+    def name(self, storage: Storage) -> str:
+        """The parameter's name in the source."""
+        return self._names[id(storage)]
+
+    def parameter(self, storage: Storage) -> Parameter:
+        """The parameter that stands for a storage."""
+        written = any(storage is result for result in self.task.results)
+        return Parameter(self.name(storage), storage.shape, storage.dtype, storage.layout, written)
+
+    def results(self) -> list[Parameter]:
+        """The parameters of the results."""
+        return [self.parameter(storage) for storage in self.task.results]
+
+    def env(self, kernel: Kernel) -> Env:
+        """Values of the placeholders in a fresh kernel."""
+        env: Env = {}
+        for node in self._placeholders:
+            storage = self.task.storage_of(node)
+            if storage is None:
+                continue
+            if storage.value is not None:
+                env[node] = kernel.constant(storage.value, storage.dtype, storage.shape)
+            else:
+                env[node] = kernel.buffer(self.name(storage), storage.shape, storage.dtype, storage.layout)
+        return env
+
+
+Family = Callable[[Task], Sequence[Made]]
+
+
+def region_of(task: Task, kernel: Kernel) -> Region:
+    """The lowering context of a task in a kernel."""
+    return Region(kernel, task.symbols)
+
+
+def loop_family(task: Task) -> Sequence[Made]:
+    """Everything that is an index function of its operands."""
+    used = _used_placeholders(task)
+    unread = [node for node in task.placeholders() if node not in used]
+    frame = Frame(task, skip=unread)
+
+    def make(kernel: Kernel) -> Any:
+        env = frame.env(kernel)
+        for node in unread:
+            if (storage := task.storage_of(node)) is not None:
+                env[node] = kernel.constant(0, storage.dtype, storage.shape)
+        interpret(region_of(task, kernel), task.nested.graph.nodes, env)
+        values: list[Value] = result_values(task.nested, env)
+        outputs = [Output(parameter, value) for parameter, value in zip(frame.results(), values, strict=True)]
+        return frame.parameters, outputs
+
+    return [Made(build_loop(make, task.symbols.ranges, task.label()), frame.storages)]
+
+
+def _used_placeholders(task: Task) -> set[fx.Node]:
+    """Placeholders whose elements are read; operands that only give their size are not passed."""
+    return {
+        node
+        for node in task.placeholders()
+        if any(not str(user.target).startswith(("aten.sym_size", "aten.zeros_like", "aten.ones_like", "aten.full_like")) for user in node.users)
+    }

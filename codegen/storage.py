@@ -1,0 +1,146 @@
+"""Where values live: the buffers that kernels read and write, and constants as recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..passes.graph.program import Program
+from ..passes.graph.regions import body, is_region
+from ..runtime.sizes import Size
+from .values import dtype_name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to compute a constant when the artifact is written: source tensors and a function without side effects."""
+
+    identity: tuple[object, ...]
+    sources: tuple[str, ...]
+    label: str
+    dtype: str
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A layout for a constant: its name (part of the key), the packed shape, and the function that makes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    pack: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(eq=False)
+class Storage:
+    """One buffer of a plan. Identity matters: two storages are two places in memory.
+
+    ``kind`` and ``index`` are those of the plan's ``Ref``; the index of a ``"buffer"`` is given when memory is planned.
+    """
+
+    kind: str
+    shape: tuple[Size, ...]
+    dtype: str
+    layout: str = "rows"
+    name: str = ""
+    index: int = -1
+    recipe: Recipe | None = None
+    value: float | int | bool | None = None  # of a constant with one element, so that kernels can write it down
+
+
+@dataclass(frozen=True)
+class PackedConstant:
+    """A constant of the artifact: key, recipe and packing."""
+
+    key: str
+    recipe: Recipe
+    packing: Packing | None
+    dtype: str
+    shape: tuple[int, ...]
+
+    def load(self) -> np.ndarray:
+        """Compute and pack it."""
+        array = to_numpy(self.recipe.load())
+        if self.packing is not None:
+            array = self.packing.pack(array)
+        return array.reshape(self.shape)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's elements as a C-contiguous array; bfloat16 as its bits in uint16."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    return tensor.numpy()
+
+
+@dataclass
+class ConstantTable:
+    """All constants of an artifact, shared by its entry points: equal recipe and packing, one copy."""
+
+    constants: list[PackedConstant] = field(default_factory=list)
+    _known: dict[object, int] = field(default_factory=dict)
+    _keys: set[str] = field(default_factory=set)
+
+    def request(self, recipe: Recipe, packing: Packing | None = None) -> int:
+        """Index of the constant in this packing, added on first use."""
+        identity = (recipe.identity, packing.name if packing else "", packing.shape if packing else ())
+        if identity not in self._known:
+            base = recipe.label + (f".{packing.name}" if packing else "")
+            key, count = base, 1
+            while key in self._keys:
+                key = f"{base}.{count}"
+                count += 1
+            self._keys.add(key)
+            dtype = "float32" if packing else recipe.dtype
+            shape = packing.shape if packing else recipe.shape
+            self._known[identity] = len(self.constants)
+            self.constants.append(PackedConstant(key, recipe, packing, dtype, shape))
+        return self._known[identity]
+
+
+def recipe_of(program: Program, node: fx.Node) -> Recipe:
+    """The recipe of a constant: a ``get_attr`` node or a region of kind ``"constant"`` over such."""
+    if node.op == "get_attr":
+        tensor = _attribute(program.module, str(node.target))
+        source = str(node.meta.get("source", node.target))
+        identity = (tensor.data_ptr() if tensor.numel() else source, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        return Recipe(identity, (source,), source, dtype_name(tensor.dtype), tuple(tensor.shape), lambda: tensor)
+    assert is_region(node, "constant"), node
+    operands = [recipe_of(program, operand) for operand in node.all_input_nodes]
+    module = body(node)
+    value = node.meta["val"]
+    sources = tuple(dict.fromkeys(source for operand in operands for source in operand.sources))
+    text = "\n".join(inner.format_node() or "" for inner in module.graph.nodes)
+    label = "+".join(sources[:4]) if sources else str(node.target)
+    own = [str(inner.meta.get("source", inner.target)) for inner in module.graph.nodes if inner.op == "get_attr"]
+    identity = (text, tuple(operand.identity for operand in operands), tuple(own))
+
+    def load() -> torch.Tensor:
+        with torch.no_grad():
+            return module(*(operand.load() for operand in operands))
+
+    return Recipe(identity, sources, label, dtype_name(value.dtype), tuple(int(extent) for extent in value.shape), load)
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a node's value is known when compiling."""
+    return node.op == "get_attr" or is_region(node, "constant")
+
+
+def unique(items: Sequence[Storage]) -> list[Storage]:
+    """Storages in order, each once."""
+    return list({id(item): item for item in items}.values())
+
+
+def _attribute(module: torch.nn.Module, target: str) -> torch.Tensor:
+    value: object = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, torch.Tensor)
+    return value

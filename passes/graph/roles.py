@@ -1,0 +1,43 @@
+"""What fusion knows about operators: data that code generation describes and the driver hands to the pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """An operator with a kernel family of its own; a region holds at most one.
+
+    Attributes:
+        family: the kernel family.
+        data: positions of the operands that are read element by element; view chains on them belong to the region.
+        epilogue: whether pointwise operators of the result's shape may follow inside the region.
+        tail: whether a permutation or transpose of the result, then a reshape, may end the region (the kernel stores in
+            that order).
+    """
+
+    family: str
+    data: tuple[int, ...]
+    epilogue: bool = True
+    tail: bool = False
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The operators that kernels can be made of, by role (``codegen/registry.py`` says what each role means)."""
+
+    pointwise: frozenset[Any] = frozenset()
+    view: frozenset[Any] = frozenset()
+    gather: frozenset[Any] = frozenset()
+    reduction: frozenset[Any] = frozenset()
+    window: frozenset[Any] = frozenset()
+    anchors: dict[Any, Anchor] = field(default_factory=dict)
+    lanes: int = 16
+
+    def known(self, target: Any) -> bool:
+        """Whether kernels can be made of the operator at all."""
+        return target in self.anchors or any(
+            target in group for group in (self.pointwise, self.view, self.gather, self.reduction, self.window)
+        )

@@ -264,10 +264,9 @@ def _unit_axis(node: fx.Node) -> Rewrite:
         if axis == int(arguments(source)["dim"]) % rank and same_shape(tensor_shape(first), tensor_shape(node)):
             return first, "an axis was added and taken away"
     if node.target is aten.squeeze.dim and is_call(source, aten.permute.default):
-        order, added = permutation(source), _source(source)
-        if is_call(added, aten.unsqueeze.default) and int(arguments(added)["dim"]) % rank == order[axis]:
-            moved = _without(order, axis)
-            return insert_like(node, aten.permute.default, (_source(added), moved)), "an axis was added and taken away"
+        order = permutation(source)
+        squeezed = insert(node.graph, node, aten.squeeze.dim, (_source(source), order[axis]), origins=(node,))
+        return insert_like(node, aten.permute.default, (squeezed, _without(order, axis))), "squeezed before permuting"
     return None
 
 

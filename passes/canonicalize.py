@@ -11,14 +11,15 @@ What later passes and lowering may rely on:
   ``aten._to_copy.default(x, dtype=...)`` is the only cast and it does change the dtype. Layout and memory format are
   lowering's. Padding with a number is ``constant_pad_nd``.
 - Products: ``aten.linear.default(x, w, b)`` where the weight is a constant matrix ``[out, in]`` (possibly ``permute``
-  of one), whatever it was written as (``mm``, ``addmm``, ``matmul``, rows flattened or not); ``aten.matmul.default`` for
-  every other product (no ``mm``, ``bmm``, ``baddbmm``).
+  of one), whatever it was written as (``mm``, ``addmm``, ``matmul``, rows flattened or not); ``aten.matmul.default``
+  for every other product (no ``mm``, ``bmm``, ``baddbmm``).
 - Convolutions: ``aten.convolution.default`` with all nine arguments explicit, for 1, 2 and 3 dimensions, transposed or
   not; inputs have a batch axis; an uneven ``"same"`` padding is a ``constant_pad_nd`` before it.
 - Norms: ``aten.batch_norm.default`` in inference mode, ``layer_norm``, ``group_norm``, ``rms_norm`` (no ``native_*``).
 - Arithmetic: constants come second; numbers (also constants without dimensions) are Python numbers; ``alpha`` is 1; no
   ``rsub``, no ``sub`` of a number, no ``div`` by a number (floating point), no ``square``, no ``pow`` with an exponent
   of 2, 1/2, -1/2 or -1. Neutral elements are gone. ``silu``, ``hardswish``, ``gelu`` stay whole.
+- Tensors of one number: ``aten.full.default(sizes, number, dtype=...)`` (no ``zeros``, ``ones_like``, ``new_full``...).
 - Checks (``_assert_*``, ``sym_constrain_*``) are gone: the exporter's guards are in ``Program.guards``.
 
 Before:  add(mul(view(clone(x), [4, 8]), 1), rsub(y, 2))
@@ -33,16 +34,16 @@ from torch import fx
 
 from .base import Pass, Report
 from .canonical_arithmetic import ARITHMETIC
+from .canonical_factories import FACTORIES
 from .canonical_products import PRODUCTS
 from .canonical_views import VIEWS
-from .graph.edit import replace
 from .graph.program import Program
-from .graph.query import is_assertion, remove_unused
+from .graph.query import is_assertion, remove_unused, supersede
 
 # A rule looks at one call and returns what stands for it, in words what it did, or None where it does not apply.
 Rule = Callable[[fx.Node], tuple[fx.Node, str] | None]
 RULES: dict[object, list[Rule]] = {}
-for _table in (VIEWS, ARITHMETIC, PRODUCTS):
+for _table in (VIEWS, FACTORIES, ARITHMETIC, PRODUCTS):
     for _target, _rules in _table.items():
         RULES.setdefault(_target, []).extend(_rules)
 
@@ -78,16 +79,7 @@ class Canonicalize(Pass):
                 if new is node:  # its users were changed
                     remove_unused(node)
                 else:
-                    _put_in_place(node, new, keep_name=new not in known)
+                    supersede(node, new, name=new.name if new in known else None)
                     known.add(new)
                 break
         return changed
-
-
-def _put_in_place(node: fx.Node, new: fx.Node, *, keep_name: bool) -> None:
-    """Replace a node; what is written anew keeps the name, so that its users read as before."""
-    operands = node.all_input_nodes
-    replace(node, new)
-    remove_unused(*operands)
-    if keep_name and node._erased:
-        new.name = node.name

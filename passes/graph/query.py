@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .edit import insert, same_size
+from .edit import insert, replace, same_size
 from .regions import is_region
 
 aten = torch.ops.aten
@@ -183,6 +183,18 @@ def remove_unused(*nodes: Any) -> None:
         operands = node.all_input_nodes
         node.graph.erase_node(node)
         pending.extend(operands)
+
+
+def supersede(old: fx.Node, new: fx.Node, *, name: str | None = None) -> None:
+    """Put a new node in the place of an old one, which goes with the operands that only it used.
+
+    The new node takes the old one's name (or ``name``, of a node that is gone), so that its users read as before.
+    """
+    operands = old.all_input_nodes
+    replace(old, new)
+    remove_unused(*operands)
+    if old._erased:
+        new.name = name or old.name
 
 
 def is_size(node: Any) -> bool:

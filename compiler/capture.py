@@ -1,0 +1,264 @@
+"""From a PyTorch module and example arguments to a :class:`Program`.
+
+The module is traced by ``torch.export`` through a shallow copy whose ``forward`` takes the tensors of the arguments one by
+one and returns the tensors of the result as a flat tuple. So nested arguments, plain values, dataclasses and model outputs
+need no registration anywhere, several entry points share one module, and weights keep their names and their memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from ..passes.graph.program import Program
+from ..runtime.errors import SourceError, TilewrightError, UnsupportedOperator, UsageError
+from .importer import flat_identifier, from_exported, short_path, weight_names
+from .shapes import ShapeSpec, from_torch, is_dimension_language, parse_shapes
+from .structure import Call, bind, describe
+
+__all__ = ["capture", "from_exported"]
+
+
+def capture(
+    name: str,
+    module: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    shapes: Any = None,
+    *,
+    function: str | Callable[..., Any] = "forward",
+    made_up: bool = False,
+) -> Program:
+    """Trace a module into a program.
+
+    Args:
+        name: the entry point's name.
+        module: in evaluation mode, its weights on the CPU.
+        args: example positional arguments.
+        kwargs: example keyword arguments.
+        shapes: a :class:`ShapeSpec`, a mapping of input name to dimension language, or dimensions as ``torch.export``
+            takes them; axes that are not named are fixed at the example's sizes.
+        function: the method or submodule to trace, by name, or a callable that uses the module.
+        made_up: whether the examples were made up, so that they may be resized to fit ``shapes``.
+
+    Raises:
+        SourceError: training mode, weights without data, or a forward that fails or cannot be traced.
+        UnsupportedOperator: control flow or sizes that depend on data.
+        UsageError: arguments or shapes that do not fit the module.
+    """
+    _check_ready(module)
+    call, traced = _entry(module, function)
+    bound = bind(call, args, kwargs)
+    if not bound.tensors:
+        raise UsageError(
+            f"the entry point {name!r} has no tensor among its sample arguments; give example inputs (args=, kwargs= or "
+            f"--inputs sample.npz)"
+        )
+    spec = shape_spec(shapes, bound)
+    tensors = spec.fit(bound.tensors) if made_up else bound.tensors
+    tensors = spec.widen(tensors)
+    results: list[Any] = []
+    traced.forward = _flat_forward(call, bound, results)
+    exported = _export(traced, tuple(tensors.values()), spec, tuple(tensors))
+    return from_exported(
+        name,
+        exported,
+        input_names=tuple(tensors),
+        results=results[-1],
+        shapes=spec,
+        sample=tuple(tensors.values()),
+        weights=weight_names(module),
+        strict_ranges=False,
+    )
+
+
+def shape_spec(shapes: Any, bound: Call) -> ShapeSpec:
+    """Any accepted form of dynamic shapes as a spec over the call's input names.
+
+    Raises:
+        UsageError: shapes that cannot be read or do not follow the arguments.
+    """
+    if shapes is None:
+        return ShapeSpec()
+    if isinstance(shapes, ShapeSpec):
+        return shapes
+    if is_dimension_language(shapes):
+        return parse_shapes(shapes)
+    return from_torch(bound.spread(shapes), bound.tensors)
+
+
+def _check_ready(module: nn.Module) -> None:
+    if module.training:
+        raise SourceError(
+            f"the {type(module).__name__} is in training mode, where dropout and batch norm differ from inference; call "
+            f"module.eval() before compiling"
+        )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.device.type == "meta":
+            raise SourceError(f"the weight {name!r} has no data (it is on the meta device); load the checkpoint first")
+        if tensor.device.type != "cpu":
+            raise SourceError(f"the weight {name!r} is on {tensor.device}; move the module to the CPU with module.cpu()")
+
+
+def _entry(module: nn.Module, function: str | Callable[..., Any]) -> tuple[Callable[..., Any], nn.Module]:
+    """The function to call, bound to a shallow copy of the module (sharing weights), and that copy."""
+    traced = copy.copy(module)
+    if function == "forward":
+        return _rebound(module.forward, module, traced), traced
+    # What is traced is not the module's own forward, so its hooks do not belong to it.
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        setattr(traced, hooks, OrderedDict())
+    if isinstance(function, str):
+        target: Any = module
+        for part in function.split("."):
+            if not hasattr(target, part):
+                raise UsageError(f"the {type(module).__name__} has no function or submodule {function!r}")
+            target = getattr(target, part)
+        function = target
+    if isinstance(function, nn.Module):
+        submodule = function
+        if not any(child is submodule for child in module.modules()):
+            raise UsageError("an entry point's module must be the source or one of its submodules")
+        function = submodule.forward
+        call = submodule.__call__
+
+        def through(*args: Any, **kwargs: Any) -> Any:
+            return call(*args, **kwargs)
+
+        through.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+        return through, traced
+    if not callable(function):
+        raise UsageError(f"an entry point needs a method, a submodule or a callable, not a {type(function).__name__}")
+    return _rebound(function, module, traced), traced
+
+
+def _rebound(function: Callable[..., Any], module: nn.Module, traced: nn.Module) -> Callable[..., Any]:
+    if inspect.ismethod(function) and function.__self__ is module:
+        return function.__func__.__get__(traced)
+    return function
+
+
+def _flat_forward(call: Callable[..., Any], bound: Call, results: list[Any]) -> Callable[..., Any]:
+    """``call`` with its tensors as flat positional arguments and its tensors and sizes as a flat result."""
+
+    def forward(*tensors: torch.Tensor) -> tuple[Any, ...]:
+        args, kwargs = bound.rebuild(tensors)
+        outputs: list[Any] = []
+
+        def leaf(value: Any) -> int | None:
+            if not isinstance(value, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
+                return None
+            outputs.append(value)
+            return len(outputs) - 1
+
+        results.append(describe(call(*args, **kwargs), leaf))
+        return tuple(outputs)
+
+    names: list[str] = []
+    for name in map(flat_identifier, bound.tensors):
+        while name in names:
+            name += "_"
+        names.append(name)
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return forward
+
+
+def _export(module: nn.Module, tensors: tuple[torch.Tensor, ...], spec: ShapeSpec, names: Sequence[str]) -> ExportedProgram:
+    """``torch.export`` with its failures told in one clear error."""
+    dims = spec.torch_dims(names)
+    try:
+        try:
+            return _torch_export(module, tensors, dims, defer=False)
+        except torch._dynamo.exc.UserError as error:
+            if "Constraints violated" not in str(error) or "satisfy the generated guard" not in str(error):
+                raise
+            # Some sizes in the ranges break an assumption (a view that needs a multiple of 4, say): let the runtime check it.
+            return _torch_export(module, tensors, dims, defer=True)
+    except TilewrightError:
+        raise
+    except torch._dynamo.exc.UserError as error:
+        raise _explained(error, spec) from error
+    except GuardOnDataDependentSymNode as error:
+        raise UnsupportedOperator(
+            f"the model decides on a value inside a tensor{_user_line(error)}; compiled code cannot: use torch.where, or "
+            f"make the decision outside the model"
+        ) from error
+    except Exception as error:
+        message = str(error).split("\n\nThe error above occurred")[0].strip() or type(error).__name__
+        first = message.splitlines()[0]
+        raise SourceError(f"the model cannot be traced{_user_line(error)}: {type(error).__name__}: {first}") from error
+
+
+def _torch_export(module: nn.Module, tensors: tuple[torch.Tensor, ...], dims: Any, *, defer: bool) -> ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(
+            module, tensors, dynamic_shapes=dims, strict=False, prefer_deferred_runtime_asserts_over_guards=defer
+        )
+
+
+def _explained(error: Exception, spec: ShapeSpec) -> TilewrightError:
+    """torch's constraint violation in terms of the dimension language."""
+    message = str(error)
+    if "Constraints violated" not in message:
+        first = message.strip().splitlines()[0]
+        unsupported = "data-dependent" in message or "Dynamic control flow" in message
+        return (UnsupportedOperator if unsupported else SourceError)(
+            f"the model cannot be traced{_user_line(error)}: {first}"
+        )
+    body, _, fixes = message.split("\n\nThe error above occurred")[0].partition("Suggested fixes:")
+    reasons = [_plain_reason(line.strip(" -")) for line in body.splitlines() if line.startswith("  - ")]
+    advice = "; ".join(_in_our_language(fixes, spec))
+    return UsageError(
+        f"the model does not work for every declared size: {' '.join(dict.fromkeys(reasons))}" + (f" Declare {advice}." if advice else "")
+    )
+
+
+def _plain_reason(text: str) -> str:
+    text = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"\1.shape[\2]", text)
+    specialized = re.match(r"You marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)", text)
+    if specialized:
+        return f"{specialized[1]!r} is fixed at {specialized[2]} by the model's own code."
+    return text
+
+
+def _in_our_language(fixes: str, spec: ShapeSpec) -> list[str]:
+    """``batch = 4*_batch; _batch = Dim('_batch', min=1, max=16)`` as ``4*batch:1..16``."""
+    ranges: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for line in fixes.strip().splitlines():
+        symbol, _, value = (part.strip() for part in line.partition("="))
+        match = re.match(r"Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)", value)
+        if match:
+            low, high = spec.ranges.get(symbol, (1, 64))
+            ranges[symbol] = f"{match[1] or low}..{match[2] or high}"
+        else:
+            others[symbol] = value
+    advice = [f"{symbol} as {symbol}:{bounds}" for symbol, bounds in ranges.items() if symbol in spec.ranges]
+    for symbol, value in others.items():
+        root = value.rpartition("*")[2].strip()
+        bounds = f":{ranges[root]}" if root in ranges else ""
+        advice.append(f"{symbol} as {value.replace(root, root.lstrip('_'))}{bounds}")
+    return advice
+
+
+def _user_line(error: BaseException) -> str:
+    """`` at file:line (source)`` of the innermost frame of an error outside PyTorch and this package."""
+    raised = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
+    frames = [(frame.filename, frame.lineno, frame.line) for frame in traceback.extract_tb(error.__traceback__)]
+    frames += [(filename, int(line), "") for filename, line in raised]
+    own = [frame for frame in frames if not re.search(r"[/\\](torch|tilewright|compiler)[/\\]|<", frame[0])]
+    if not own:
+        return ""
+    filename, number, line = own[-1]
+    return f" at {short_path(filename)}:{number}" + (f" ({line})" if line else "")

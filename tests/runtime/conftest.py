@@ -1,7 +1,7 @@
 """A small model written by hand (``toy.c``) as artifacts on disk, so that the runtime is tested without the compiler.
 
-Fixtures: ``toy`` is the path of an artifact that tests must not change, ``toy_copy`` one of the test's own, ``toy_model``
-the loaded model, ``toy_parts`` what :func:`write_artifact` takes.
+Fixtures: ``toy`` is the path of an artifact that tests must not change, ``toy_copy`` one of the test's own,
+``toy_model`` the loaded model, ``toy_parts`` what :func:`write_artifact` takes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 import tilewright
 from tilewright.codegen.artifact import ConstantData, TargetBinaries, layout_constants, weights_id, write_artifact
 from tilewright.codegen.toolchain import find_compiler

@@ -108,7 +108,7 @@ def normalised(node: fx.Node) -> Normalised | None:
 def weighted(node: fx.Node, sizes: list[Any], targets: frozenset[Any]) -> tuple[fx.Node, fx.Node] | None:
     """The one use of a value by a multiplication or addition of a vector over the normalised axes.
 
-    Copies and conversions in between are passed.
+    Copies and narrowing conversions in between are passed.
 
     Returns:
         (the product or sum, the vector) or None.
@@ -124,7 +124,9 @@ def weighted(node: fx.Node, sizes: list[Any], targets: frozenset[Any]) -> tuple[
                 return None
             ones, own = shape[: len(shape) - len(sizes)], shape[len(shape) - len(sizes) :]
             fits = same_shape(own, sizes) and all(type(size) is int and size == 1 for size in ones)
-            return (user, others[0]) if fits else None
+            return (user, others[0]) if fits and dtype_of(user) == dtype_of(current) else None
+        if not is_tensor(user) or not widens(dtype_of(user), dtype_of(current)):
+            return None
         if without_copies(user, casts=True) is not without_copies(current, casts=True):
             return None
         current = user

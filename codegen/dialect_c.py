@@ -49,7 +49,16 @@ def size(value: Size) -> str:
     args = [_operand(arg) for arg in value.args]
     if value.op in ("max", "min"):
         return f"tw_{value.op}_i64({args[0]}, {args[1]})"
-    sign = {"add": " + ", "mul": " * ", "floordiv": " / ", "mod": " % ", "eq": " == ", "ne": " != ", "le": " <= ", "lt": " < "}
+    sign = {
+        "add": " + ",
+        "mul": " * ",
+        "floordiv": " / ",
+        "mod": " % ",
+        "eq": " == ",
+        "ne": " != ",
+        "le": " <= ",
+        "lt": " < ",
+    }
     return sign[value.op].join(args).replace("+ -", "- ")
 
 
@@ -134,14 +143,26 @@ def call(op: str, dtype: str, arg_dtypes: list[str], args: list[str]) -> str:
     raise KeyError(f"the C dialect has no operation {op!r}")
 
 
-SUFFIX = {"float32": "f32", "float64": "f64", "int64": "i64", "int32": "i32", "int16": "i32", "int8": "i32", "uint8": "i32"}
+SUFFIX = {
+    "float32": "f32",
+    "float64": "f64",
+    "int64": "i64",
+    "int32": "i32",
+    "int16": "i32",
+    "int8": "i32",
+    "uint8": "i32",
+}
 
 
 def _cast(source: str, dtype: str, text: str) -> str:
     if dtype == "bool":
         return f"{text} != 0"
     if source.startswith("float") and not dtype.startswith("float"):
-        return f"tw_{SUFFIX[source]}_to_{dtype}({text})" if dtype in ("int64", "int32") else f"({TYPES[dtype]})(int64_t)({text})"
+        return (
+            f"tw_{SUFFIX[source]}_to_{dtype}({text})"
+            if dtype in ("int64", "int32")
+            else f"({TYPES[dtype]})(int64_t)({text})"
+        )
     return f"({TYPES[dtype]})({text})"
 
 
@@ -170,11 +191,17 @@ def reduction(op: str, dtype: str, name: str, lanes: tuple[str, int] | None = No
     c_type = TYPES[dtype]
     at = f"[{lanes[0]}]" if lanes else ""
     is_float = dtype.startswith("float")
-    low = f"(-({c_type})INFINITY)" if is_float else {"int64": "INT64_MIN", "int32": "INT32_MIN"}.get(dtype, "0" if dtype in ("bool", "uint8") else "-128")
+    low = (
+        f"(-({c_type})INFINITY)"
+        if is_float
+        else {"int64": "INT64_MIN", "int32": "INT32_MIN"}.get(dtype, "0" if dtype in ("bool", "uint8") else "-128")
+    )
     high = f"(({c_type})INFINITY)" if is_float else {"int64": "INT64_MAX", "int32": "INT32_MAX"}.get(dtype, "127")
     if dtype in ("uint8", "bool"):
         high = "255"
-    start = {"sum": "0", "prod": "1", "any": "0", "all": "1", "max": low, "min": high, "argmax": low, "argmin": high}[op]
+    start = {"sum": "0", "prod": "1", "any": "0", "all": "1", "max": low, "min": high, "argmax": low, "argmin": high}[
+        op
+    ]
 
     def declared(variable: str, kind: str, value: str) -> tuple[list[str], list[str]]:
         if lanes:

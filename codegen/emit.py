@@ -115,7 +115,9 @@ class Scope:
     def store(self, buffer: str, offset: Size, value: Expr) -> None:
         """Append ``buffer[offset] = value`` with the conversion to the buffer's dtype."""
         text, place = self.value(value), self.size(offset)
-        self.lines.append(f"{buffer}[{place}] = {dialect_c.to_storage(text, value.dtype, self.emitter.dtypes[buffer])};")
+        self.lines.append(
+            f"{buffer}[{place}] = {dialect_c.to_storage(text, value.dtype, self.emitter.dtypes[buffer])};"
+        )
 
     def _home(self, needs: frozenset[str], *, skip_lane: bool) -> Scope:
         """The scope to bind a value in: the innermost that binds one of its variables, else the outermost."""
@@ -157,7 +159,9 @@ class Scope:
         if isinstance(expr, Dynamic):
             return f"tw_index({self.value(expr.source)}, {self.size(expr.bound)}, fault)"
         assert isinstance(expr, Call)
-        return dialect_c.call(expr.op, expr.dtype, [arg.dtype for arg in expr.args], [self.value(arg) for arg in expr.args])
+        return dialect_c.call(
+            expr.op, expr.dtype, [arg.dtype for arg in expr.args], [self.value(arg) for arg in expr.args]
+        )
 
     def _reduce(self, expr: Reduce) -> str:
         lanes = self.emitter.lanes
@@ -251,7 +255,12 @@ def plan_row_cache(emitter: Emitter, roots: list[Expr], variable: str, extent: S
             counts[node] = counts.get(node, 0) + 1
     cache = RowCache(variable)
     for node, count in counts.items():
-        if count < 2 or node.dtype == "bool" or isinstance(node, Dynamic | Index) or _weight(builder, node, variable) < 2:
+        if (
+            count < 2
+            or node.dtype == "bool"
+            or isinstance(node, Dynamic | Index)
+            or _weight(builder, node, variable) < 2
+        ):
             continue
         if any(counts.get(parent, 0) >= count and parent.dtype != "bool" for parent in parents.get(node, ())):
             continue

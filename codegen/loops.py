@@ -103,43 +103,50 @@ class _Space:
         shape = result.shape or (1,)
         for position, extent in enumerate(shape):
             if self.blocked and position == 1:
-                axes.append(self._axis("b1", sizes.ceildiv(extent, LANES)))
-                index.append(sizes.add(sizes.mul("b1", LANES), "l1"))
-                continue
-            if split and position == len(shape) - 1:
-                axes.append(self._axis("c", sizes.ceildiv(extent, split)))
-                most = min(split, sizes.bounds(extent, kernel.ranges)[1]) if isinstance(extent, int) else split
+                block = self._outer_axis(axes, "b1", sizes.ceildiv(extent, LANES))
+                index.append(sizes.add(sizes.mul(block, LANES), "l1"))
+            elif position < len(shape) - 1 or self.blocked:
+                index.append(self._outer_axis(axes, f"i{position}", extent))
+            elif split:
+                chunk = self._outer_axis(axes, "c", sizes.ceildiv(extent, split))
+                most = min(split, extent) if isinstance(extent, int) else split
                 axes.append(self._axis("l", most))
-                index.append(sizes.add(sizes.mul("c", split), "l"))
+                index.append(sizes.add(sizes.mul(chunk, split), "l"))
                 if not (isinstance(extent, int) and extent % most == 0):
-                    self.lane_limit = sizes.minimum(most, sizes.sub(extent, sizes.mul("c", split)))
-                continue
-            axes.append(self._axis(f"i{position}", extent))
-            index.append(f"i{position}")
+                    self.lane_limit = sizes.minimum(most, sizes.sub(extent, sizes.mul(chunk, split)))
+            else:
+                axes.append(self._axis(f"i{position}", extent))
+                index.append(f"i{position}")
         if self.blocked:
             axes.append(self._axis("l1", LANES))
             channels = shape[1]
             if not (isinstance(channels, int) and channels % LANES == 0):
-                self.lane_limit = sizes.minimum(LANES, sizes.sub(channels, sizes.mul("b1", LANES)))
+                block = "b1" if any(axis.variable == "b1" for axis in axes) else 0
+                self.lane_limit = sizes.minimum(LANES, sizes.sub(channels, sizes.mul(block, LANES)))
         self.axes = axes
         self.index = tuple(index) if result.shape else ()
 
     def _axis(self, name: str, extent: Size) -> Axis:
         return Axis(self.kernel.variable(name, extent), extent)
 
+    def _outer_axis(self, axes: list[Axis], name: str, extent: Size) -> Size:
+        """Add an axis that is not the vector axis; one of extent 1 needs no loop, its index is 0."""
+        if extent == 1:
+            return 0
+        axes.append(self._axis(name, extent))
+        return name
+
     def roots(self, outputs: Sequence[Output]) -> list[Expr]:
         """The results' expressions at this space's index."""
-        return [
-            self.kernel.builder.cast(output.value.at(self.index), output.parameter.dtype) for output in outputs
-        ]
+        return [self.kernel.builder.cast(output.value.at(self.index), output.parameter.dtype) for output in outputs]
 
     def offset(self, parameter: Parameter) -> Size:
         """Where an element of a result is stored."""
         return self.kernel.offset(parameter.shape, parameter.layout, self.index) if parameter.shape else 0
 
     def outer(self) -> list[Axis]:
-        """All axes but the vector axis, without those of extent 1."""
-        return [axis for axis in self.axes[:-1] if axis.extent != 1]
+        """All axes but the vector axis."""
+        return self.axes[:-1]
 
 
 class _Draft:
@@ -186,7 +193,6 @@ def _pointwise(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: 
         limit = None
     if limit is None:
         axes, roots, stores = _merge(kernel, axes, roots, stores)
-    axes = [axis for axis in axes[:-1] if axis.extent != 1] + axes[-1:]
     vector = axes[-1]
     most = sizes.bounds(vector.extent, kernel.ranges)[1]
     if most > 2 * CHUNK:
@@ -256,7 +262,7 @@ def _lanes(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: list
 
 
 def _each(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: list[Expr]) -> Body:
-    axes = [axis for axis in space.axes if axis.extent != 1]
+    axes = space.axes
     emitter = _emitter(kernel, outputs)
     unit = Scope(emitter, None, [axis.variable for axis in axes])
     for output, root in zip(outputs, roots, strict=True):
@@ -282,7 +288,11 @@ def _padding_is_readable(kernel: Kernel, roots: list[Expr], lane: str) -> bool:
     """Whether every access that moves with the lane is to a blocked buffer, whose padding lanes exist."""
     for node in walk(kernel.builder, roots):
         if isinstance(node, Load) and lane in kernel.builder.free_size(node.offset):
-            if kernel.layouts.get(node.buffer) != "channels16" or coefficient(node.offset, lane) != 1 or node.mask is not None:
+            if (
+                kernel.layouts.get(node.buffer) != "channels16"
+                or coefficient(node.offset, lane) != 1
+                or node.mask is not None
+            ):
                 return False
         elif lane in set().union(*map(kernel.builder.free_size, offsets(node)), ()) and not isinstance(node, Load):
             return False
@@ -346,6 +356,11 @@ def _flops(kernel: Kernel, roots: list[Expr], result: Parameter) -> Size:
 def _over_rows(kernel: Kernel, node: Reduce, times: Size, result: Parameter) -> Size:
     """How often a reduction runs: once per row when it does not depend on the innermost axis."""
     innermost = f"i{len(result.shape) - 1}"
-    if result.layout == "rows" and result.shape and innermost not in kernel.builder.free(node) and times == sizes.product(result.shape):
+    if (
+        result.layout == "rows"
+        and result.shape
+        and innermost not in kernel.builder.free(node)
+        and times == sizes.product(result.shape)
+    ):
         return sizes.product(result.shape[:-1])
     return times

@@ -135,8 +135,12 @@ class _Lowering:
     def _visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             value = node.meta["val"]
-            kind, places = ("input", self.inputs) if len(self.inputs) < len(self.program.inputs) else ("state", self.states)
-            storage = Storage(kind, self.symbols.shape(value), dtype_name(value.dtype), name=node.name, index=len(places))
+            kind, places = (
+                ("input", self.inputs) if len(self.inputs) < len(self.program.inputs) else ("state", self.states)
+            )
+            storage = Storage(
+                kind, self.symbols.shape(value), dtype_name(value.dtype), name=node.name, index=len(places)
+            )
             places.append(storage)
             self.storages[node] = storage
         elif is_constant(node):
@@ -170,9 +174,7 @@ class _Lowering:
                 claimed.kind = "output"
                 continue
             name = user.name if user is not None else f"{node.name}_{position}"
-            results.append(
-                Storage("buffer", self.symbols.shape(value), dtype_name(value.dtype), layout, name)
-            )
+            results.append(Storage("buffer", self.symbols.shape(value), dtype_name(value.dtype), layout, name))
         operands = [None if is_size(operand) else self._storage(operand) for operand in node.args]  # type: ignore[arg-type]
         task = Task(node, nested, operands, results, self.symbols, self.constants)
         family = node.meta["region"].family
@@ -232,9 +234,12 @@ class _Lowering:
         return Lowered(
             program=self.program,
             symbols=symbols,
-            inputs=tuple(Port(given.name, s.dtype, s.shape) for given, s in zip(self.program.inputs, self.inputs, strict=True)),
+            inputs=tuple(
+                Port(given.name, s.dtype, s.shape) for given, s in zip(self.program.inputs, self.inputs, strict=True)
+            ),
             outputs=tuple(
-                Port(name, s.dtype, s.shape) for name, s in zip(_output_names(self.program.results, leaves), self.outputs, strict=True)
+                Port(name, s.dtype, s.shape)
+                for name, s in zip(_output_names(self.program.results, leaves), self.outputs, strict=True)
             ),
             results=self._results(leaves),
             checks=self._checks(),
@@ -266,7 +271,9 @@ class _Lowering:
             name = self.kernels.add(item.code)
             operands = tuple(Ref(storage.kind, storage.index) for storage in item.storages)  # type: ignore[arg-type]
             variants.append(
-                Variant(name, operands, item.code.symbols, item.code.units, item.guard, item.code.flops, item.code.bytes)
+                Variant(
+                    name, operands, item.code.symbols, item.code.units, item.guard, item.code.flops, item.code.bytes
+                )
             )
         count = len(made[-1].storages)
         return Step(name, family, tuple(variants), tuple(range(count - results, count)), origin)
@@ -277,7 +284,9 @@ class _Lowering:
             name = self.symbols.names[symbol]
             place = self._where(name)
             if place is None:
-                raise CompileError(f"the size {name} is not an axis of any input, so it cannot be read when the model is called")
+                raise CompileError(
+                    f"the size {name} is not an axis of any input, so it cannot be read when the model is called"
+                )
             number, axis, factor = place
             sample = self.program.sample[number].shape[axis] // factor if self.program.sample else entry.minimum
             found.append(Symbol(name, entry.minimum, entry.maximum, sample, number, axis, factor))
@@ -290,7 +299,12 @@ class _Lowering:
             for axis, extent in enumerate(storage.shape):
                 if extent == name:
                     return number, axis, 1
-                if isinstance(extent, sizes.Op) and extent.op == "mul" and len(extent.args) == 2 and extent.args[0] == name:
+                if (
+                    isinstance(extent, sizes.Op)
+                    and extent.op == "mul"
+                    and len(extent.args) == 2
+                    and extent.args[0] == name
+                ):
                     factor = extent.args[1]
                     if isinstance(factor, int) and scaled is None:
                         scaled = (number, axis, factor)
@@ -313,7 +327,14 @@ class _Lowering:
         initial = ""
         if bool(torch.any(state.initial != 0)):
             tensor = state.initial
-            recipe = Recipe((tensor.data_ptr(), tuple(tensor.shape)), (state.name,), state.name, storage.dtype, shape, lambda: tensor)
+            recipe = Recipe(
+                (tensor.data_ptr(), tuple(tensor.shape)),
+                (state.name,),
+                state.name,
+                storage.dtype,
+                shape,
+                lambda: tensor,
+            )
             initial = self.constants.constants[self.constants.request(recipe)].key
         return StateBuffer(state.name, storage.dtype, shape, size, initial)
 

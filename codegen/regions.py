@@ -148,5 +148,8 @@ def _used_placeholders(task: Task) -> set[fx.Node]:
     return {
         node
         for node in task.placeholders()
-        if any(not str(user.target).startswith(("aten.sym_size", "aten.zeros_like", "aten.ones_like", "aten.full_like")) for user in node.users)
+        if any(
+            not str(user.target).startswith(("aten.sym_size", "aten.zeros_like", "aten.ones_like", "aten.full_like"))
+            for user in node.users
+        )
     }

@@ -12,7 +12,9 @@ from .values import LANES
 _ANCHORS = {
     **dict.fromkeys(overloads("linear", "mm", "bmm", "matmul"), Anchor("matmul", (0, 1))),
     **dict.fromkeys(overloads("addmm", "baddbmm"), Anchor("matmul", (1, 2))),
-    **dict.fromkeys(overloads("conv2d", "convolution", "conv1d", "conv_transpose2d.input"), Anchor("convolution", (0,))),
+    **dict.fromkeys(
+        overloads("conv2d", "convolution", "conv1d", "conv_transpose2d.input"), Anchor("convolution", (0,))
+    ),
     torch.ops.aten.scaled_dot_product_attention.default: Anchor("attention", (0, 1, 2), epilogue=False, tail=True),
 }
 

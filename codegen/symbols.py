@@ -47,7 +47,9 @@ class SymbolTable:
             return int(expr)  # type: ignore[call-overload]
         if isinstance(expr, sympy.Symbol):
             if expr not in self.names:
-                raise CompileError(f"the size {expr} depends on the data; only sizes known from input shapes can be compiled")
+                raise CompileError(
+                    f"the size {expr} depends on the data; only sizes known from input shapes can be compiled"
+                )
             return self.names[expr]
         if isinstance(expr, sympy.Add):
             return sizes.add(*map(self._translate, expr.args))
@@ -62,7 +64,9 @@ class SymbolTable:
         if name in ("Mod", "PythonMod"):
             return sizes.mod(self._translate(args[0]), self._translate(args[1]))
         if name == "ModularIndexing":
-            return sizes.mod(sizes.floordiv(self._translate(args[0]), self._translate(args[1])), self._translate(args[2]))
+            return sizes.mod(
+                sizes.floordiv(self._translate(args[0]), self._translate(args[1])), self._translate(args[2])
+            )
         if name == "CeilDiv":
             return sizes.ceildiv(self._translate(args[0]), self._translate(args[1]))
         if name == "Max":

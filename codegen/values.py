@@ -194,7 +194,9 @@ def broadcast(value: Value, shape: Sequence[Size]) -> Value:
     missing = len(shape) - len(value.shape)
 
     def at(index: tuple[Size, ...], mask: Expr | None) -> Expr:
-        own = tuple(0 if extent == 1 else position for extent, position in zip(value.shape, index[missing:], strict=True))
+        own = tuple(
+            0 if extent == 1 else position for extent, position in zip(value.shape, index[missing:], strict=True)
+        )
         return value.at(own, mask)
 
     return Value(shape, value.dtype, at)
@@ -229,9 +231,7 @@ def reshape(kernel: Kernel, value: Value, shape: Sequence[Size]) -> Value:
     return Value(shape, value.dtype, at)
 
 
-def matching_segments(
-    old: Sequence[Size], new: Sequence[Size]
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def matching_segments(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Finest split of two shapes into runs of axes with equal products."""
     ends = {expand(sizes.product(old[:count])): count for count in range(len(old), 0, -1)}
     segments: list[tuple[tuple[int, int], tuple[int, int]]] = []

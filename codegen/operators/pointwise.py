@@ -85,7 +85,9 @@ def _div(region: Region, node: fx.Node, a: Any, b: Any, rounding_mode: str | Non
             return region.builder.call("trunc", compute, quotient)
         return quotient
 
-    return region.pointwise(region.shape(node), dtype, [region.value(a, dtype), region.value(b, dtype)], combine, compute)
+    return region.pointwise(
+        region.shape(node), dtype, [region.value(a, dtype), region.value(b, dtype)], combine, compute
+    )
 
 
 @lowers(*overloads("pow.Tensor_Scalar"), role="pointwise")
@@ -209,7 +211,9 @@ class _Operators:
 
     def __call__(self, op: str, *args: Expr | float | bool) -> Expr:
         operands = tuple(arg if isinstance(arg, Expr) else self.builder.const(arg, self.dtype) for arg in args)
-        return self.builder.call(op, "bool" if op in ("lt", "le", "gt", "ge", "eq", "ne", "isnan") else self.dtype, *operands)
+        return self.builder.call(
+            op, "bool" if op in ("lt", "le", "gt", "ge", "eq", "ne", "isnan") else self.dtype, *operands
+        )
 
 
 @lowers(*overloads("relu"), role="pointwise")
@@ -333,7 +337,9 @@ def _select(region: Region, node: fx.Node, condition: Value, a: Value, b: Value)
     def at(index: tuple[Size, ...], mask: Expr | None) -> Expr:
         chosen, x, y = (value.at(index, mask) for value in wide)
         compute = COMPUTE_DTYPE.get(dtype, dtype)
-        return builder.call("where", compute, builder.cast(chosen, "bool"), builder.cast(x, compute), builder.cast(y, compute))
+        return builder.call(
+            "where", compute, builder.cast(chosen, "bool"), builder.cast(x, compute), builder.cast(y, compute)
+        )
 
     return Value(shape, dtype, at)
 

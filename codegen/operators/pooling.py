@@ -38,7 +38,9 @@ def _window(
     for axis in range(rank):
         name = region.kernel.bound_variable(f"w{axis}", kernel[axis], used)
         loops.append((name, kernel[axis]))
-        position = sizes.add(sizes.mul(index[lead + axis], stride[axis]), sizes.mul(name, dilation[axis]), -padding[axis])
+        position = sizes.add(
+            sizes.mul(index[lead + axis], stride[axis]), sizes.mul(name, dilation[axis]), -padding[axis]
+        )
         own.append(position)
         # With ceil_mode the last window may hang over the end without any padding, so the end is always checked.
         masks.append(region.kernel.inside(position, 0, a.shape[lead + axis]))
@@ -184,12 +186,20 @@ def _given_scales(scales: tuple[Any, ...], rank: int) -> list[float | None]:
     return flat if len(flat) == rank else [None] * rank
 
 
-def _nearest_source(region: Region, position: Size, source: Size, wanted: Size, scale: float | None, exact: bool) -> Size:
+def _nearest_source(
+    region: Region, position: Size, source: Size, wanted: Size, scale: float | None, exact: bool
+) -> Size:
     """The source index of a nearest-neighbour resize, in integer arithmetic."""
     if scale is not None and float(scale).is_integer() and not exact:
         return region.kernel.split(position, int(scale))[0]
-    if scale is not None and scale != 1 and not (isinstance(source, int) and isinstance(wanted, int) and wanted == source * scale):
-        raise CompileError(f"nearest-neighbour resize by the factor {scale} is not supported; give the output's size instead")
+    if (
+        scale is not None
+        and scale != 1
+        and not (isinstance(source, int) and isinstance(wanted, int) and wanted == source * scale)
+    ):
+        raise CompileError(
+            f"nearest-neighbour resize by the factor {scale} is not supported; give the output's size instead"
+        )
     if exact:
         doubled = sizes.mul(sizes.add(sizes.mul(position, 2), 1), source)
         return sizes.minimum(sizes.floordiv(doubled, sizes.mul(wanted, 2)), sizes.add(source, -1))
@@ -199,7 +209,9 @@ def _nearest_source(region: Region, position: Size, source: Size, wanted: Size, 
 
 
 for _rank in (1, 2, 3):
-    lowers(*overloads(f"upsample_nearest{_rank}d", f"upsample_nearest{_rank}d.vec"), role="gather")(_nearest(_rank, False))
+    lowers(*overloads(f"upsample_nearest{_rank}d", f"upsample_nearest{_rank}d.vec"), role="gather")(
+        _nearest(_rank, False)
+    )
     lowers(*overloads(f"_upsample_nearest_exact{_rank}d", f"_upsample_nearest_exact{_rank}d.vec"), role="gather")(
         _nearest(_rank, True)
     )
@@ -225,7 +237,9 @@ def _linear(rank: int) -> Any:
                 else:
                     ratio = builder.call("div", compute, builder.index(source, compute), builder.index(wanted, compute))
                 half = builder.const(0.5, compute)
-                real = builder.call("sub", compute, builder.call("mul", compute, builder.call("add", compute, where, half), ratio), half)
+                real = builder.call(
+                    "sub", compute, builder.call("mul", compute, builder.call("add", compute, where, half), ratio), half
+                )
                 real = builder.call("maximum", compute, real, builder.const(0, compute))
             floor = builder.cast(real, "int64")
             low = region.kernel.dynamic(floor, source)
@@ -234,7 +248,8 @@ def _linear(rank: int) -> Any:
 
         def at(index: tuple[Size, ...], mask: Mask) -> Expr:
             corners = [
-                corner(index[lead + axis], a.shape[lead + axis], shape[lead + axis], given[axis]) for axis in range(rank)
+                corner(index[lead + axis], a.shape[lead + axis], shape[lead + axis], given[axis])
+                for axis in range(rank)
             ]
 
             def blend(axis: int, chosen: tuple[Size, ...]) -> Expr:
@@ -244,7 +259,10 @@ def _linear(rank: int) -> Any:
                 below, above = blend(axis + 1, (*chosen, low)), blend(axis + 1, (*chosen, high))
                 rest = builder.call("sub", compute, builder.const(1, compute), weight)
                 return builder.call(
-                    "add", compute, builder.call("mul", compute, below, rest), builder.call("mul", compute, above, weight)
+                    "add",
+                    compute,
+                    builder.call("mul", compute, below, rest),
+                    builder.call("mul", compute, above, weight),
                 )
 
             return blend(0, ())

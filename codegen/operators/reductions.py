@@ -109,7 +109,9 @@ def _variance(region: Region, node: fx.Node, a: Value, dim: Any = None, *args: A
     builder = region.builder
 
     def at(index: tuple[Size, ...], mask: Mask) -> Expr:
-        count = builder.call("sub", compute, builder.index(_count(a, axes), compute), builder.const(correction, compute))
+        count = builder.call(
+            "sub", compute, builder.index(_count(a, axes), compute), builder.const(correction, compute)
+        )
         value = builder.call("div", compute, total.at(index, mask), count)
         return builder.call("sqrt", compute, value) if "std" in str(node.target) else value
 
@@ -167,7 +169,9 @@ def _normalised_exponentials(region: Region, node: fx.Node, a: Value, dim: int, 
 
     def at(index: tuple[Size, ...], mask: Mask) -> Expr:
         if logarithm:
-            return builder.call("sub", compute, shifted(index, mask), builder.call("log", compute, total.at(index, mask)))
+            return builder.call(
+                "sub", compute, shifted(index, mask), builder.call("log", compute, total.at(index, mask))
+            )
         # One division per row: the reciprocal is the same for all of its elements.
         scale = builder.call("div", compute, builder.const(1, compute), total.at(index, mask))
         value = builder.call("mul", compute, exponentials.at(index, mask), scale)
@@ -196,7 +200,12 @@ def _layer_norm(
 
 @lowers(*overloads("rms_norm"), role="reduction")
 def _rms_norm(
-    region: Region, node: fx.Node, a: Value, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
+    region: Region,
+    node: fx.Node,
+    a: Value,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    eps: float | None = None,
 ) -> Value:
     dtype = region.dtype(node)
     compute = COMPUTE_DTYPE.get(dtype, dtype)
@@ -214,8 +223,12 @@ def _normalise(region: Region, a: Value, axes: Sequence[int], eps: float, comput
     total = broadcast(reduce(region, _squared(region, base, compute), axes, "sum", compute, keep=True), a.shape)
 
     def at(index: tuple[Size, ...], mask: Mask) -> Expr:
-        spread = builder.call("add", compute, _over(region, total.at(index, mask), _count(a, axes), compute), builder.const(eps, compute))
-        return builder.call("mul", compute, builder.cast(base.at(index, mask), compute), builder.call("rsqrt", compute, spread))
+        spread = builder.call(
+            "add", compute, _over(region, total.at(index, mask), _count(a, axes), compute), builder.const(eps, compute)
+        )
+        return builder.call(
+            "mul", compute, builder.cast(base.at(index, mask), compute), builder.call("rsqrt", compute, spread)
+        )
 
     return Value(a.shape, compute, at)
 

@@ -84,7 +84,9 @@ def _start(region: Region, start: Any, extent: Size) -> Size:
 
 
 @lowers(*overloads("slice.Tensor", "slice_copy.Tensor"), role="view")
-def _slice(region: Region, node: fx.Node, a: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+def _slice(
+    region: Region, node: fx.Node, a: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Value:
     dim %= len(a.shape)
     first = _start(region, start, a.shape[dim])
 
@@ -107,9 +109,7 @@ def _select(region: Region, node: fx.Node, a: Value, dim: int, position: Any) ->
     position = region.symbols.size(position)
     if isinstance(position, int) and position < 0:
         position = sizes.add(a.shape[dim], position)
-    return Value(
-        region.shape(node), a.dtype, lambda index, mask: a.at((*index[:dim], position, *index[dim:]), mask)
-    )
+    return Value(region.shape(node), a.dtype, lambda index, mask: a.at((*index[:dim], position, *index[dim:]), mask))
 
 
 def _pieces(region: Region, node: fx.Node, a: Value, dim: int) -> tuple[Value, ...]:
@@ -179,7 +179,9 @@ def _repeat(region: Region, node: fx.Node, a: Value, repeats: Sequence[Any]) -> 
 
 
 @lowers(*overloads("repeat_interleave.self_int"), role="view")
-def _repeat_interleave(region: Region, node: fx.Node, a: Value, repeats: Any, dim: int | None = None, **kwargs: Any) -> Value:
+def _repeat_interleave(
+    region: Region, node: fx.Node, a: Value, repeats: Any, dim: int | None = None, **kwargs: Any
+) -> Value:
     if dim is None:
         a, dim = reshape(region.kernel, a, (sizes.product(a.shape),)), 0
     dim %= len(a.shape)
@@ -214,7 +216,9 @@ def _cat(region: Region, node: fx.Node, tensors: Sequence[Value], dim: int = 0) 
             if result is None:
                 result = value
             else:
-                before_end = builder.call("lt", "bool", builder.index(index[dim]), builder.index(sizes.add(start, part.shape[dim])))
+                before_end = builder.call(
+                    "lt", "bool", builder.index(index[dim]), builder.index(sizes.add(start, part.shape[dim]))
+                )
                 result = builder.call("where", compute, before_end, value, result)
         assert result is not None
         return result

@@ -1,17 +1,17 @@
 """What every test of a pass uses: a program from a module, a checked run of a pass, golden text, numbers, refusals."""
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sympy
 import torch
+from tilewright.compiler.capture import capture
 from tilewright.passes.base import Pass, Report
 from tilewright.passes.graph.printer import show as show_program
-from tilewright.passes.graph.program import Input, Program, SymbolRange
+from tilewright.passes.graph.program import Program
+from tilewright.passes.verify import check_shapes, fixed_symbols
 from torch import fx, nn
 
 torch.set_num_threads(1)
@@ -42,7 +42,10 @@ def golden(request):
 
 @pytest.fixture(scope="session")
 def exported():
-    """``exported(module, *args, dynamic_shapes=None) -> Program``, in inference mode, with random norm statistics."""
+    """``exported(module, *args, dynamic_shapes=None) -> Program``, in inference mode, with random norm statistics.
+
+    ``dynamic_shapes`` is what ``capture`` takes: dimension language per input, or as ``torch.export`` has them.
+    """
     return _exported
 
 
@@ -107,55 +110,7 @@ def _exported(module: nn.Module, *args: torch.Tensor, dynamic_shapes=None) -> Pr
             buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
         elif name.endswith("running_var"):
             buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
-    if dynamic_shapes is not None and not isinstance(dynamic_shapes, dict):
-        dynamic_shapes = tuple(dynamic_shapes)
-    with torch.no_grad():
-        source = torch.export.export(module, args, dynamic_shapes=dynamic_shapes).run_decompositions({})
-    return _convert(source, args, dynamic_shapes, module)
-
-
-def _convert(source, args, dynamic_shapes, module) -> Program:
-    """The lifted graph with its constants as get_attr nodes."""
-    signature = source.graph_signature
-    attributes = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    attributes.update(signature.inputs_to_lifted_tensor_constants)
-    graph, holder, mapping, inputs = fx.Graph(), nn.Module(), {}, []
-    for node in source.graph.nodes:
-        if node.op == "placeholder" and node.name in attributes:
-            dotted = attributes[node.name]
-            if not node.users:
-                continue
-            tensor = source.state_dict.get(dotted, source.constants.get(dotted))
-            flat = dotted.replace(".", "_")
-            holder.register_buffer(flat, tensor.detach())
-            mapping[node] = graph.create_node("get_attr", flat, name=flat)
-            mapping[node].meta = {**node.meta, "source": dotted}
-        else:
-            mapping[node] = graph.node_copy(node, lambda used: mapping[used])
-            if node.op == "placeholder":
-                inputs.append(Input(node.name, mapping[node].name))
-    named = _symbols(source, inspect.signature(module.forward), args, dynamic_shapes)
-    program = Program("main", fx.GraphModule(holder, graph), tuple(inputs), symbols=named, sample=args)
-    program.graph.lint()
-    return program
-
-
-def _symbols(source, signature, args, dynamic_shapes) -> dict[sympy.Symbol, SymbolRange]:
-    given = (
-        dict(zip(signature.parameters, dynamic_shapes, strict=False))
-        if isinstance(dynamic_shapes, tuple)
-        else dynamic_shapes
-    )
-    named: dict[sympy.Symbol, SymbolRange] = {}
-    placeholders = {node.name: node for node in source.graph.nodes if node.op == "placeholder"}
-    for name, axes in (given or {}).items():
-        pairs = axes.items() if isinstance(axes, dict) else enumerate(axes or ())
-        for axis, dim in pairs:
-            size = placeholders[name].meta["val"].shape[axis]
-            if dim is not None and isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                bound = source.range_constraints[size.node.expr]
-                named[size.node.expr] = SymbolRange(dim.__name__, int(bound.lower), int(bound.upper))
-    return named
+    return capture("main", module, args, shapes=dynamic_shapes)
 
 
 def _cloned(program: Program) -> Program:
@@ -177,7 +132,8 @@ def _clone_module(module: fx.GraphModule) -> fx.GraphModule:
 def _run_pass(pass_: Pass, program: Program, inputs: Sequence[torch.Tensor] | None = None, *, tolerance=None) -> Report:
     before = _cloned(program)
     report = Report()
-    pass_.run(program, report)
+    with fixed_symbols(program):
+        pass_.run(program, report)
     _check(program)
     if not report.changed:
         assert show_program(before) == show_program(program), "changed the graph without reporting it"
@@ -185,7 +141,8 @@ def _run_pass(pass_: Pass, program: Program, inputs: Sequence[torch.Tensor] | No
         _assert_same_outputs(before, program, given, tolerance=tolerance)
     settled = show_program(program)
     again = Report()
-    pass_.run(program, again)
+    with fixed_symbols(program):
+        pass_.run(program, again)
     assert not again.changed, f"a second run changes: {again.changes}"
     assert show_program(program) == settled, "a second run changes the graph without reporting it"
     return report
@@ -196,6 +153,7 @@ def _check(program: Program) -> None:
     program.module.recompile()
     for node in program.graph.nodes:
         assert node.op == "output" or "val" in node.meta or not node.users, f"{node.name} has no shape"
+    check_shapes(program)
 
 
 def _assert_same_outputs(before: Program, after: Program, inputs=None, *, tolerance: float | None = None) -> None:

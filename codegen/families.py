@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from .matmul import matmul_family
 from .regions import Family, loop_family
 
 FAMILIES: dict[str, Family] = {
     "loop": loop_family,
+    "matmul": matmul_family,
 }

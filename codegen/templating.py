@@ -1,0 +1,36 @@
+"""Rendering kernel templates: an undefined name is an error, decisions are made in Python."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+TEMPLATES = Path(__file__).parent / "templates" / "c"
+
+
+@dataclass(frozen=True)
+class Hole:
+    """Text for a hole of a template: ``row`` once per output row, ``element`` inside the vector loop."""
+
+    row: str = ""
+    element: str = ""
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def render(template: str, **context: Any) -> str:
+    """The template's text with its context filled in."""
+    return _environment().get_template(template).render(**context)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from .convolution import convolution_family
 from .matmul import matmul_family
 from .regions import Family, loop_family
 
 FAMILIES: dict[str, Family] = {
     "loop": loop_family,
     "matmul": matmul_family,
+    "convolution": convolution_family,
 }

@@ -6,15 +6,14 @@ import torch
 
 from ..passes.graph import ops as tilewright_ops  # noqa: F401 - registers our operators
 from ..passes.graph.roles import Anchor, Roles
-from .registry import all_lowerings, overloads
+from . import convolution, matmul
+from .registry import all_lowerings
 from .values import LANES
 
 _ANCHORS = {
-    **dict.fromkeys(overloads("linear", "mm", "bmm", "matmul"), Anchor("matmul", (0, 1))),
-    **dict.fromkeys(overloads("addmm", "baddbmm"), Anchor("matmul", (1, 2))),
-    **dict.fromkeys(
-        overloads("conv2d", "convolution", "conv1d", "conv_transpose2d.input"), Anchor("convolution", (0,))
-    ),
+    **dict.fromkeys(matmul.LINEAR | matmul.PRODUCTS, Anchor("matmul", (0, 1))),
+    **dict.fromkeys(matmul.ADDED, Anchor("matmul", (1, 2))),
+    **dict.fromkeys(convolution.TARGETS, Anchor("convolution", (0,))),
     torch.ops.aten.scaled_dot_product_attention.default: Anchor("attention", (0, 1, 2), epilogue=False, tail=True),
 }
 

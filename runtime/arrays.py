@@ -60,7 +60,7 @@ def input_array(value: Any, port: Port) -> np.ndarray:
     numbers go anywhere they fit, other numbers into floating point only.
 
     Raises:
-        ShapeError: another dtype or rank; the message names the input, what was expected and what came.
+        ShapeError: another dtype; the message names the input, what was expected and what came.
         InputError: a Python number out of the dtype's range.
     """
     array = _as_array(value, port)
@@ -69,18 +69,9 @@ def input_array(value: Any, port: Port) -> np.ndarray:
             f"input {port.name!r}: expected {describe(port)}, got {describe_array(array)}; "
             f"convert it with .astype({port.dtype!r}) if that is what you mean"
         )
-    if array.ndim != len(port.shape):
-        raise _wrong_rank(array, port)
     if not (array.flags.c_contiguous and array.flags.aligned):
         array = array.copy(order="C")
     return array
-
-
-def _wrong_rank(array: np.ndarray, port: Port) -> ShapeError:
-    return ShapeError(
-        f"input {port.name!r}: expected {describe(port)} ({len(port.shape)} axes), "
-        f"got {describe_array(array)} ({array.ndim} axes)"
-    )
 
 
 def _as_array(value: Any, port: Port) -> np.ndarray:

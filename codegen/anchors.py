@@ -90,9 +90,7 @@ class Anchored:
         used = set().union(*map(sizes.symbols_of, [*shapes, units, flops, *self.shape()]))
         used |= {name for name in self._index_symbols() if name in ranges}
         symbols = tuple(name for name in ranges if name in used)
-        lines = "\n".join(
-            [*prelude(self.frame.parameters, symbols), *(f"(void){name};" for name in symbols)]
-        )
+        lines = "\n".join([*prelude(self.frame.parameters, symbols), *(f"(void){name};" for name in symbols)])
         source = render(template, name=NAME, prelude=lines, **context)
         return KernelCode(
             family=family,

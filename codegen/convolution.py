@@ -70,8 +70,10 @@ def convolution_family(task: Task) -> Sequence[Made]:
     depthwise = geometry.groups == geometry.channels == geometry.outputs and geometry.groups > 1
     if blocked and depthwise and packing.can_convolve_depthwise(geometry.kernel, geometry.dilation):
         template, weights = "depthwise.c.jinja", _packing_depthwise(geometry)
-    elif blocked and not geometry.turned and packing.can_convolve_blocked(
-        geometry.channels, geometry.outputs, geometry.groups, geometry.kernel
+    elif (
+        blocked
+        and not geometry.turned
+        and packing.can_convolve_blocked(geometry.channels, geometry.outputs, geometry.groups, geometry.kernel)
     ):
         template, weights = "convolution.c.jinja", _packing_blocked(geometry)
     elif packing.can_gather(geometry.kernel, geometry.dilation):
@@ -107,7 +109,16 @@ def _geometry(anchor: fx.Node, weight: fx.Node) -> Geometry:
         return Geometry(shape[1] * groups, shape[0], groups, kernel, steps, margin, spread, rank=rank)
     turned = tuple(step * (taps - 1) - pad for step, taps, pad in zip(spread, kernel, margin, strict=True))
     return Geometry(
-        shape[0], shape[1] * groups, groups, kernel, (1, 1), (turned[0], turned[1]), spread, insert=steps, rank=rank, turned=True
+        shape[0],
+        shape[1] * groups,
+        groups,
+        kernel,
+        (1, 1),
+        (turned[0], turned[1]),
+        spread,
+        insert=steps,
+        rank=rank,
+        turned=True,
     )
 
 
@@ -238,7 +249,9 @@ def _virtual(work: Anchored, source: Value, g: Geometry, batchless: bool) -> Val
             quotient, remainder = kernel.split(position, step)
             own.append(quotient)
             if step != 1:
-                kept = builder.all_of(kept, builder.call("eq", "bool", builder.index(remainder), builder.const(0, "int64")))
+                kept = builder.all_of(
+                    kept, builder.call("eq", "bool", builder.index(remainder), builder.const(0, "int64"))
+                )
         if g.rank == 1:
             own = own[1:]
         where = (channel, *own) if batchless else (n, channel, *own)

@@ -78,7 +78,13 @@ def _columns(task: Task, anchor: fx.Node) -> Size:
 
 
 def _build(
-    task: Task, anchor: fx.Node, frame: Frame, left: fx.Node, right: fx.Node, addend: fx.Node | None, packed: Storage | None
+    task: Task,
+    anchor: fx.Node,
+    frame: Frame,
+    left: fx.Node,
+    right: fx.Node,
+    addend: fx.Node | None,
+    packed: Storage | None,
 ) -> KernelCode:
     work = Anchored(task, anchor, frame)
     kernel, builder = work.kernel, work.kernel.builder

@@ -1,0 +1,254 @@
+"""The driver: the four stages in order, on one screen.
+
+source --capture--> programs --passes--> regions --generate--> plans, kernels, constants --write--> artifact
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..codegen import targets
+from ..codegen.artifact import check_output, write_artifact
+from ..codegen.cache import user_cache
+from ..codegen.generate import build_kernels, generate
+from ..codegen.memory import measure
+from ..codegen.roles import fusion_roles
+from ..codegen.toolchain import find_compiler
+from ..passes.graph.program import Program
+from ..passes.manager import PassManager, PassRecord
+from ..passes.pipeline import pipeline
+from ..runtime import cpu
+from ..runtime.errors import UsageError
+from ..runtime.model import load
+from ..runtime.plan import Plan
+from .options import CompileOptions, Entry
+from .samples import sample_sizes
+from .sources import open_source
+from .support import Unsupported, find_unsupported, require_supported
+from .verification import OutputError, reference_of, require_equal, verify_outputs
+
+Progress = Callable[[str, str], None]  # (phase, what it is at)
+
+
+@dataclass
+class Artifact:
+    """A finished artifact and how it came about.
+
+    Attributes:
+        path: the directory.
+        seconds: time per phase.
+        passes: per entry point, what every pass did.
+        errors: outputs against eager PyTorch.
+    """
+
+    path: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    passes: dict[str, list[PassRecord]] = field(default_factory=dict)
+    errors: list[OutputError] = field(default_factory=list)
+
+
+def compile(  # noqa: A001 - the verb that users know
+    source: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    output: str | Path,
+    target: str | Iterable[str] = "cpu",
+    dynamic_shapes: Any = None,
+    entries: Mapping[str, Entry] | None = None,
+    precision: str = "auto",
+    quantize: str | None = None,
+    verify: str = "final",
+    dump_dir: str | Path | None = None,
+    disable_passes: Iterable[str] = (),
+    stop_after: str | None = None,
+    inputs: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile a model into an artifact directory.
+
+    Args:
+        source: an ``nn.Module`` in evaluation mode, an ``ExportedProgram``, or a path or name: a ``.pt2`` or ``.onnx`` file, a
+            checkpoint folder, ``file.py:factory``, a name of the model registry.
+        args: sample positional inputs, where the source has none of its own.
+        kwargs: sample keyword inputs.
+        output: the directory to write; an artifact that is there is replaced, anything else is refused.
+        target: one target or several, such as ``"cpu:x86-64-v3,cpu:x86-64-v4"``; ``"cpu"`` is this machine.
+        dynamic_shapes: which sizes vary (``compiler/shapes.py``).
+        entries: several entry points over one set of weights and state.
+        precision: ``"auto"`` or ``"fp32"``.
+        quantize: a quantization recipe (none is supported yet).
+        verify: ``"final"`` compares the outputs with eager PyTorch, ``"passes"`` every intermediate graph too, ``"off"``
+            nothing.
+        dump_dir: where to write what every pass did.
+        disable_passes: exact names of passes to leave out.
+        stop_after: name of the last pass to run; then no artifact is written.
+        inputs: an ``.npz`` file with sample inputs by name.
+        progress: called with (phase, detail) as the work goes on.
+
+    Raises:
+        TilewrightError: what is wrong and what to do; nothing that looks finished is left behind.
+    """
+    options = CompileOptions(
+        target=tuple(target.split(",") if isinstance(target, str) else target),
+        precision=precision,
+        quantize=quantize,
+        verify=verify,  # type: ignore[arg-type]
+        dump_dir=Path(dump_dir) if dump_dir is not None else None,
+        disable_passes=frozenset(disable_passes),
+        stop_after=stop_after,
+    )
+    return Compilation(options, progress).run(source, args, kwargs, Path(output), dynamic_shapes, entries, inputs)
+
+
+class Compilation:
+    """One run of the compiler: its options, its clock, and the stages."""
+
+    def __init__(self, options: CompileOptions, progress: Progress | None = None) -> None:
+        self.options = options
+        self.seconds: dict[str, float] = {}
+        self._progress = progress or (lambda phase, detail: None)
+
+    def run(
+        self, source: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, output: Path, shapes: Any = None,
+        entries: Mapping[str, Entry] | None = None, inputs: str | Path | None = None,
+    ) -> Artifact:  # fmt: skip
+        """All stages, from the source to a verified artifact."""
+        check_output(output)
+        chosen = targets.parse_list(",".join(self.options.target), cpu.features())
+        compiler = find_compiler()
+        programs = self.capture(source, args, kwargs, shapes, entries, inputs)
+        references = [reference_of(program) for program in programs] if self.options.verify != "off" else []
+        records = self.rewrite(programs)
+        if self.options.stop_after is not None:
+            return Artifact(output, self.seconds, records)
+        require_supported(programs, fusion_roles())
+        with self._phase("lower"):
+            generated = generate(programs)
+        with self._phase("kernels") as detail:
+            binaries = build_kernels(generated, chosen, compiler, user_cache(), detail)
+        with self._phase("write") as detail:
+            info = self._info(source, programs, generated.plans, records)
+            path = write_artifact(
+                output, plans=generated.plans, constants=generated.constants, targets=binaries, info=info,
+                progress=lambda done, total: detail(f"{done >> 20} of {total >> 20} MiB"),
+            )  # fmt: skip
+        errors = self.verify(path, references) if references else []
+        return Artifact(path, self.seconds, records, errors)
+
+    def capture(
+        self, source: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, shapes: Any = None,
+        entries: Mapping[str, Entry] | None = None, inputs: str | Path | None = None,
+    ) -> list[Program]:  # fmt: skip
+        """Stage one: the source as one program per entry point."""
+        self._check_options()
+        with self._phase("capture"):
+            return open_source(source, args, kwargs, shapes, entries, inputs)
+
+    def rewrite(self, programs: Sequence[Program]) -> dict[str, list[PassRecord]]:
+        """Stage two: all passes over every program."""
+        records = {}
+        with self._phase("passes") as detail:
+            for program in programs:
+                folder = self.options.dump_dir
+                if folder is not None and len(programs) > 1:
+                    folder = folder / program.name
+                manager = PassManager(
+                    pipeline(fusion_roles()), dump_dir=folder, verify=self.options.verify == "passes",
+                    disabled=self.options.disable_passes, stop_after=self.options.stop_after, progress=detail,
+                )  # fmt: skip
+                records[program.name] = manager.run(program)
+        return records
+
+    def check(self, programs: Sequence[Program]) -> list[Unsupported]:
+        """What of rewritten programs cannot be compiled; lowers them to find what operators alone do not tell."""
+        found = find_unsupported(programs, fusion_roles())
+        if not found:
+            generate(programs)
+        return found
+
+    def verify(self, path: Path, references: Sequence[Program]) -> list[OutputError]:
+        """The artifact against eager PyTorch.
+
+        Raises:
+            NumericsError: lists the outputs beyond their tolerance.
+        """
+        with self._phase("verify") as detail, load(path) as model:
+            errors = []
+            for reference in references:
+                detail(reference.name)
+                errors += verify_outputs(model.entry(reference.name), reference)
+        require_equal(
+            errors, "Compile with --verify passes to find the pass, or run tilewright verify --kernels for the kernel."
+        )
+        return errors
+
+    def _check_options(self) -> None:
+        if self.options.quantize is not None:
+            raise UsageError(
+                f"quantization ({self.options.quantize!r}) is not supported yet; compile without --quantize"
+            )
+        if self.options.precision not in ("auto", "fp32"):
+            raise UsageError(f"unknown precision {self.options.precision!r}: choose auto or fp32")
+
+    def _info(
+        self, source: Any, programs: Sequence[Program], plans: Sequence[Plan], records: Mapping[str, list[PassRecord]]
+    ) -> dict[str, Any]:
+        """What ``inspect`` shows beside the plan; nothing that differs between two machines or two runs."""
+        return {
+            "source": _source_name(source),
+            "torch": torch.__version__.split("+")[0],
+            "precision": {"requested": self.options.precision, "applied": "fp32"},
+            "disabled_passes": sorted(self.options.disable_passes),
+            "passes": {
+                name: [
+                    {
+                        "pass": record.label,
+                        "rewrites": len(record.report.changes),
+                        "refusals": len(record.report.refusals),
+                    }
+                    for record in entry
+                ]
+                for name, entry in records.items()
+            },
+            "memory": {
+                plan.entry: _memory(plan, sample_sizes(program)) for plan, program in zip(plans, programs, strict=True)
+            },
+        }
+
+    @contextmanager
+    def _phase(self, name: str) -> Any:
+        self._progress(name, "")
+        start = time.perf_counter()
+        try:
+            yield lambda detail: self._progress(name, str(detail))
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _source_name(source: Any) -> str:
+    """The source in words that are the same on every machine."""
+    if isinstance(source, str | Path):
+        return Path(source).name if Path(source).exists() else str(source)
+    return type(source).__name__
+
+
+def _memory(plan: Plan, sample: Mapping[str, int]) -> dict[str, Any]:
+    """Scratch memory at the smallest, the sample's and the largest sizes."""
+    table = {
+        "smallest": {symbol.name: symbol.minimum for symbol in plan.symbols},
+        "sample": dict(sample),
+        "largest": {symbol.name: symbol.maximum for symbol in plan.symbols},
+    }
+    return {
+        name: {"sizes": sizes, **vars(measure(plan.buffers, sizes))}
+        for name, sizes in table.items()
+        if sizes or name == "sample"
+    }

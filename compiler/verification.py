@@ -1,0 +1,183 @@
+"""Comparing an artifact with eager PyTorch: per output, and per kernel where asked."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..passes.graph.program import Program
+from ..passes.graph.regions import is_region
+from ..passes.verify import TOLERANCES, error_of
+from ..runtime.entry import Entry
+from ..runtime.errors import NumericsError
+from ..runtime.plan import Plan, Ref
+from ..runtime.sizes import evaluate
+from .samples import assignments, make_inputs
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """How far one output is from the reference, at one assignment of the symbols."""
+
+    entry: str
+    output: str
+    sizes: Mapping[str, int]
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the tolerance."""
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        at = ", ".join(f"{name}={value}" for name, value in self.sizes.items())
+        return f"{self.entry}: {self.output}: error {self.error:.2e}, tolerance {self.tolerance:.0e}{f' at {at}' if at else ''}"
+
+
+def reference_of(program: Program) -> Program:
+    """A program with its own copy of the graph (weights shared): what later passes do does not touch it."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    returned = graph.graph_copy(program.graph, copied)
+    graph.output(returned)
+    for old, new in copied.items():
+        new.meta = dict(old.meta)
+    module = fx.GraphModule(program.module, graph)
+    return Program(
+        program.name,
+        module,
+        program.inputs,
+        program.states,
+        program.results,
+        program.symbols,
+        program.guards,
+        program.sample,
+    )
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Largest error for an output of the dtype; 0 for integers."""
+    return TOLERANCES.get(dtype, 0.0)
+
+
+def verify_outputs(entry: Entry, reference: Program) -> list[OutputError]:
+    """Run an entry point and eager PyTorch on the same inputs at several sizes.
+
+    Args:
+        entry: of the loaded artifact.
+        reference: the program as captured, before any pass (:func:`reference_of`).
+
+    Returns:
+        One error per output and assignment of the symbols; empty where the model returns no tensor.
+    """
+    found = []
+    for values in assignments(reference):
+        inputs = make_inputs(reference, values)
+        expected = [value for value in reference.run(inputs) if isinstance(value, torch.Tensor)]
+        for port, want, got in zip(entry.plan.outputs, expected, run_entry(entry, inputs, values), strict=False):
+            found.append(OutputError(entry.name, port.name, values, error_of(want, got), tolerance_of(want.dtype)))
+    return found
+
+
+def require_equal(errors: Sequence[OutputError], hint: str) -> None:
+    """Raise if an output is beyond its tolerance.
+
+    Raises:
+        NumericsError: lists every such output.
+    """
+    bad = [error for error in errors if not error.ok]
+    if bad:
+        raise NumericsError(
+            "\n".join([f"{len(bad)} outputs differ from eager PyTorch:", *(f"  {item}" for item in bad), hint])
+        )
+
+
+def run_entry(entry: Entry, inputs: Sequence[torch.Tensor], values: Mapping[str, int]) -> list[torch.Tensor]:
+    """The flat tensor outputs of an entry point."""
+    arrays = []
+    for port in entry.plan.outputs:
+        shape = [evaluate(extent, values) for extent in port.shape]
+        arrays.append(torch.empty(shape, dtype=getattr(torch, port.dtype)))
+    entry(*inputs, out=[_array(tensor) for tensor in arrays])
+    return arrays
+
+
+@dataclass(frozen=True)
+class KernelError:
+    """How far one kernel's result is from the region run in eager PyTorch on the same operands as the graph had."""
+
+    step: int
+    kernel: str
+    node: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the tolerance."""
+        return self.error <= self.tolerance
+
+
+def verify_kernels(entry: Entry, lowered: Program) -> list[KernelError]:
+    """Compare what every kernel wrote with the value of its node in eager PyTorch, on the sample.
+
+    Args:
+        entry: of the loaded artifact.
+        lowered: the program after all passes, whose regions are the artifact's steps.
+    """
+    expected = _node_values(lowered)
+    plan = entry.plan
+    found: list[KernelError] = []
+
+    def compare(step: int, variant: int, read: Any) -> None:
+        launched = plan.steps[step].variants[variant]
+        for position in plan.steps[step].writes:
+            ref = launched.operands[position]
+            name = _written_name(plan, ref)
+            if name in expected:
+                got = torch.from_numpy(read(ref).copy())
+                want = expected[name]
+                error = error_of(want, got.reshape(want.shape) if got.numel() == want.numel() else got)
+                found.append(KernelError(step, plan.steps[step].name, name, error, tolerance_of(want.dtype)))
+
+    entry.trace(compare, *lowered.sample)
+    return found
+
+
+def _written_name(plan: Plan, ref: Ref) -> str:
+    return plan.buffers[ref.index].name if ref.kind == "buffer" else f"{ref.kind}:{ref.index}"
+
+
+def _node_values(program: Program) -> dict[str, torch.Tensor]:
+    """Values of all region results by node name; those that are outputs also as ``output:i``."""
+    values: dict[str, torch.Tensor] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            result = super().run_node(node)
+            source = node.args[0] if node.target is operator.getitem else node
+            if isinstance(result, torch.Tensor) and isinstance(source, fx.Node) and is_region(source, "kernel"):
+                values[node.name] = result
+            return result
+
+    with torch.no_grad():
+        outputs = Recorder(program.module).run(*program.sample, *(state.initial.clone() for state in program.states))
+    states = {state.output for state in program.states}
+    tensors = [value for i, value in enumerate(outputs) if i not in states and isinstance(value, torch.Tensor)]
+    values |= {f"output:{i}": value for i, value in enumerate(tensors)}
+    return values
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """The numpy array over a tensor's memory, with bfloat16 as ml_dtypes has it."""
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

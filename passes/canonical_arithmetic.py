@@ -40,7 +40,11 @@ _TENSOR_FORMS = {
 _NUMBER_FORMS = {
     getattr(aten, name).Tensor: getattr(aten, name).Scalar for name in ("eq", "ne", "lt", "le", "gt", "ge")
 } | {aten.pow.Tensor_Tensor: aten.pow.Tensor_Scalar}
-_HALF = (torch.float16, torch.bfloat16)
+_BITWISE: dict[Any, Any] = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+}
 
 
 def rebuilt(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node | None:
@@ -66,9 +70,11 @@ def _floating(value: Any) -> bool:
 
 
 def _number(value: Any) -> int | float | None:
-    """A number, or one that a constant of a single element holds; no booleans."""
+    """A number, or one that every element of a constant or filled tensor is, if it has one value; no booleans."""
     number = scalar_of(value)
     tensor = tensor_of(value)
+    if is_call(value, aten.full.default):
+        number = scalar_of(value.args[1])
     if number is None and tensor is not None and tensor.numel() == 1 and not tensor.is_complex():
         number = tensor.item()
     return None if isinstance(number, bool) else number
@@ -213,6 +219,19 @@ def _negative(node: fx.Node) -> Rewrite:
     return (inner.args[0], "negated twice") if is_call(inner, aten.neg.default) else None  # type: ignore[union-attr, return-value]
 
 
+def _bitwise(node: fx.Node) -> Rewrite:
+    """One form of ``&``, ``|`` and ``^``; True and False that change nothing are gone."""
+    left, right = node.args[:2]
+    target = _BITWISE.get(node.target, node.target)  # type: ignore[arg-type]
+    if target is not aten.bitwise_xor.Tensor:
+        for value, other in ((left, right), (right, left)):
+            truth = scalar_of(other.args[1]) if is_call(other, aten.full.default) else scalar_of(other)  # type: ignore[union-attr]
+            plain = isinstance(value, fx.Node) and same_type(value.meta["val"], node.meta["val"])
+            if plain and node.meta["val"].dtype == torch.bool and truth == (target is aten.bitwise_and.Tensor):
+                return value, f"neutral element {bool(truth)}"  # type: ignore[return-value]
+    return None if target is node.target else _kept(node, target, (left, right), "as a bitwise operator")
+
+
 def _clamp(node: fx.Node) -> Rewrite:
     return _kept(node, aten.relu.default, (node.args[0],), "clamp at 0") if _number(node.args[1]) == 0 else None
 
@@ -233,4 +252,5 @@ ARITHMETIC: dict[object, list[Any]] = {
     aten.reciprocal.default: [_reciprocal],
     aten.neg.default: [_negative],
     aten.clamp_min.default: [_clamp],
+    **{target: [_bitwise] for target in (*_BITWISE, *_BITWISE.values())},
 }

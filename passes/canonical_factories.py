@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from .graph.edit import insert, tensor_shape
-from .graph.query import arguments, aten, size_at
+from .graph.query import arguments, aten, is_call, size_at
 
 _NUMBER = {
     aten.zeros.default: 0,
@@ -41,4 +42,18 @@ def _full(node: fx.Node) -> tuple[fx.Node, str]:
     return insert(node.graph, node, aten.full.default, (sizes, number), dtype, origins=(node,)), "as full"
 
 
+def _cast(node: fx.Node) -> tuple[fx.Node, str] | None:
+    """A cast of a filled tensor is filled with the number in the other dtype."""
+    filled = node.args[0]
+    if not is_call(filled, aten.full.default):
+        return None
+    sizes, number = filled.args[:2]  # type: ignore[union-attr]
+    source, dtype = filled.meta["val"].dtype, node.meta["val"].dtype  # type: ignore[union-attr]
+    if isinstance(number, fx.Node):
+        return None
+    number = torch.tensor(number, dtype=source).to(dtype).item()
+    return insert(node.graph, node, aten.full.default, (sizes, number), {"dtype": dtype}, origins=(node,)), "as full"
+
+
 FACTORIES: dict[object, list[Any]] = {target: [_full] for target in (*_NUMBER, *_GIVEN)}
+FACTORIES[aten._to_copy.default] = [_cast]

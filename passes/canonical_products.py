@@ -50,7 +50,8 @@ def _transposed(before: fx.Node, matrix: fx.Node) -> fx.Node:
         source = matrix.args[0]
         assert isinstance(source, fx.Node)
         return source
-    return insert(before.graph, before, aten.permute.default, (matrix, [1, 0]), origins=(matrix,))
+    name = f"{matrix.name}_transposed"
+    return insert(before.graph, before, aten.permute.default, (matrix, [1, 0]), origins=(matrix,), name=name)
 
 
 def _sum_and_product(node: fx.Node) -> Rewrite:

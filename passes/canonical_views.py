@@ -6,13 +6,14 @@ After:   permute(x, p[q])                        reshape(x, b)                x
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from .graph.edit import fake_mode, inherit, insert, same_shape, same_size, tensor_shape, value_of
-from .graph.query import arguments, aten, is_call, size_at
+from .graph.query import arguments, aten, is_call, only_user, size_at
 
 RESHAPES = (
     aten.reshape.default,
@@ -46,6 +47,14 @@ CASTS = (
     aten.to.other,
     aten.type_as.default,
     torch.ops.prims.convert_element_type.default,
+)
+# Operators that give several views.
+PARTS = (
+    aten.unbind.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.tensor_split.sections,
 )
 # Operators whose operands broadcast against each other, so that an expanded operand says nothing new.
 BROADCASTING = frozenset(
@@ -185,10 +194,27 @@ def _reshape(node: fx.Node) -> Rewrite:
         source, skipped = _source(source), True
     if same_shape(tensor_shape(source), tensor_shape(node)):
         return source, "regrouped to its own shape"
+    if (moved := _regrouped_rows(node, source)) is not None:
+        return moved
     sizes = reshape_sizes(node, source)
     if sizes is None or (node.target is aten.reshape.default and not skipped and sizes == list(node.args[1])):  # type: ignore[arg-type]
         return None
     return insert_like(node, aten.reshape.default, (source, sizes)), "regrouped at once" if skipped else "as reshape"
+
+
+def _regrouped_rows(node: fx.Node, linear: fx.Node) -> Rewrite:
+    """A linear map of rows that were flattened, and whose result is unflattened: of the rows in that shape."""
+    if not is_call(linear, aten.linear.default) or only_user(linear) is not node:
+        return None
+    rows = _source(linear)
+    if not is_call(rows, *RESHAPES) or not same_size(tensor_shape(node)[-1], tensor_shape(linear)[-1]):
+        return None
+    sizes, columns = reshape_sizes(node, linear), tensor_shape(rows)[-1]
+    if sizes is None or not isinstance(columns, int):
+        return None
+    shape = (_source(rows), [*sizes[:-1], columns])
+    regrouped = insert(node.graph, node, aten.reshape.default, shape, origins=(rows, node))
+    return insert_like(node, aten.linear.default, (regrouped, *linear.args[1:])), "its rows are regrouped before it"
 
 
 def reshape_sizes(node: fx.Node, source: fx.Node) -> list[Any] | None:
@@ -288,6 +314,26 @@ def _select(node: fx.Node) -> Rewrite:
     return insert_like(node, aten.permute.default, (selected, _without(order, axis))), "selected before permuting"
 
 
+def _part(node: fx.Node) -> Rewrite:
+    """One of several parts of a value, by itself: a slice, or a selection."""
+    whole, index = node.args
+    if not is_call(whole, *PARTS) or not isinstance(index, int):
+        return None
+    assert isinstance(whole, fx.Node)
+    given = arguments(whole)
+    source, dim = _source(whole), int(given["dim"])
+    parts = whole.meta["val"]
+    index = index % len(parts)
+    if whole.target is aten.unbind.int:
+        return insert(node.graph, node, aten.select.int, (source, dim, index), origins=(node,)), "selected"
+    sizes = [part.shape[dim] for part in parts]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    start = sum(sizes[:index])
+    bounds = (source, dim, start, start + sizes[index])
+    return insert(node.graph, node, aten.slice.Tensor, bounds, origins=(node,)), "sliced"
+
+
 def _pad(node: fx.Node) -> Rewrite:
     given = arguments(node)
     if given["mode"] != "constant":
@@ -328,6 +374,7 @@ VIEWS: dict[object, list[Any]] = {
     aten.unsqueeze.default: [_unit_axis],
     aten.select.int: [_select],
     aten.pad.default: [_pad],
+    operator.getitem: [_part],
     aten.cat.default: [_one_part],
     aten.stack.default: [_one_part],
     aten.sym_size.int: [_static_size],

@@ -5,8 +5,8 @@ What later passes and lowering may rely on:
 - Views: ``aten.reshape.default`` is the only operator that regroups axes (no ``view``, ``_unsafe_view``, ``flatten``,
   ``unflatten``), never two in a row, at most one size is ``-1`` and only where it varies. It promises nothing about
   strides. ``aten.permute.default`` with non-negative axes is the only one that reorders them (no ``transpose``, ``t``),
-  never two in a row. ``expand`` is left only where a later operator does not broadcast by itself. Axes of other
-  operators may be negative.
+  never two in a row, never before a ``select``. ``expand`` is left only where a later operator does not broadcast by
+  itself. Axes of other operators may be negative. Parts are ``select`` and ``slice`` (no ``unbind``, ``split``, ``chunk``).
 - Copies: no ``clone``, ``contiguous``, ``alias``, ``detach``, ``lift_fresh``, ``dropout``;
   ``aten._to_copy.default(x, dtype=...)`` is the only cast and it does change the dtype. Layout and memory format are
   lowering's. Padding with a number is ``constant_pad_nd``.
@@ -18,7 +18,8 @@ What later passes and lowering may rely on:
 - Norms: ``aten.batch_norm.default`` in inference mode, ``layer_norm``, ``group_norm``, ``rms_norm`` (no ``native_*``).
 - Arithmetic: constants come second; numbers (also constants without dimensions) are Python numbers; ``alpha`` is 1; no
   ``rsub``, no ``sub`` of a number, no ``div`` by a number (floating point), no ``square``, no ``pow`` with an exponent
-  of 2, 1/2, -1/2 or -1. Neutral elements are gone. ``silu``, ``hardswish``, ``gelu`` stay whole.
+  of 2, 1/2, -1/2 or -1; ``bitwise_and`` (no ``__and__``). Neutral elements are gone. ``silu``, ``hardswish``, ``gelu``
+  stay whole.
 - Tensors of one number: ``aten.full.default(sizes, number, dtype=...)`` (no ``zeros``, ``ones_like``, ``new_full``...).
 - Checks (``_assert_*``, ``sym_constrain_*``) are gone: the exporter's guards are in ``Program.guards``.
 

@@ -42,6 +42,7 @@ class FoldConstants(Pass):
         module = program.module
         constants = _constants(program.graph)
         values: dict[fx.Node, Any] = {}
+        placed: list[tuple[fx.Node, fx.Node]] = []
         for node in list(program.graph.nodes):
             if node.op == "get_attr":
                 values[node] = tensor_of(node)
@@ -52,11 +53,15 @@ class FoldConstants(Pass):
             values[node] = _evaluate(node, values)
             if isinstance(values[node], torch.Tensor) and any(not _folds(user, constants) for user in node.users):
                 new = insert_constant(module, node, node.name, _own(values[node]), origins=(node,))
+                placed.append((node, new))
                 report.change(node, "computed")
                 node.replace_all_uses_with(new, delete_user_cb=lambda user: not _folds(user, constants))
         for node in reversed(list(values)):
             if node.op == "call_function":
                 remove_unused(node)
+        for node, new in placed:
+            if node._erased:
+                new.name = node.name
         if self.outline:
             self._outline(module, report)
 

@@ -87,7 +87,9 @@ def rebuild(
     emit: Emitter, product: Product, weight: fx.Node, bias: fx.Node | None, x: fx.Node | None = None
 ) -> fx.Node:
     """The product with another weight and bias (and other rows), at the emitter's place."""
-    for constant in (weight, bias):
+    for constant, part in ((weight, "weight"), (bias, "bias")):
         hoist_constant(constant, emit.before)
+        if constant is not None and constant.op == "call_function":
+            constant._rename(f"{product.node.name}_{part}")
     rows = product.node.args[0] if x is None else x
     return emit(product.node.target, rows, weight, bias, *product.node.args[3:])

@@ -145,7 +145,9 @@ class Native:
         if not library.exists():
             text = self.folder / f"{key}.c"
             text.write_text(source)
-            done = subprocess.run([*command, str(text), "-lm", "-o", str(library)], capture_output=True, text=True)
+            command += [str(text), "-lm", "-o", str(library)]
+            environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
             assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:6000]}\n{source}"
         return library
 

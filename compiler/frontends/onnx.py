@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx.inliner
@@ -123,7 +124,7 @@ def _read(path: Path) -> OnnxModule:
     for entry in model.opset_import:
         if not domain_of(entry.domain) and entry.version > newest:
             raise SourceError(
-                f"{path}: opset {entry.version} is newer than {newest}, the newest that is known; export with an older one"
+                f"{path}: opset {entry.version} is newer than {newest}, the newest known; export with an older one"
             )
     model = _inlined(path, model)
     _check_names(path, model.graph, set())
@@ -171,6 +172,7 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def _defined_by_others(model: onnx.ModelProto) -> list[tuple[str, str]]:
+    """Operators to be replaced by their definitions; spells out their attributes' defaults."""
     opsets = {domain_of(entry.domain): entry.version for entry in model.opset_import}
     found = set()
     for node in _all_nodes(model.graph):
@@ -182,9 +184,16 @@ def _defined_by_others(model: onnx.ModelProto) -> list[tuple[str, str]]:
             or not onnx.defs.has(node.op_type, version, domain)
         ):
             continue
-        schema = onnx.defs.get_schema(node.op_type, version, domain)
+        schema: Any = onnx.defs.get_schema(node.op_type, version, domain)
         if schema.has_function or schema.has_context_dependent_function:
             found.add((domain, node.op_type))
+            given = {attribute.name for attribute in node.attribute}
+            # the inliner leaves a function's reference to an attribute that a node does not spell out unresolved
+            node.attribute.extend(
+                attribute.default_value
+                for name, attribute in schema.attributes.items()
+                if name not in given and attribute.default_value.name
+            )
     return sorted(found)
 
 
@@ -265,7 +274,8 @@ def _walk(body: GraphBody, data: set[str]) -> Iterator[Unsupported]:
             name for name in (step.inputs if found and found.late else needed) if name in data and name not in constants
         ]
         if late:
-            reason = f"needs {', '.join(repr(name) for name in late)} when compiling, but it depends on the data of the model's inputs"
+            names = ", ".join(repr(name) for name in late)
+            reason = f"needs {names} when compiling, but it depends on the data of the model's inputs"
             yield _finding(step, reason, "make it a constant, or derive it from shapes")
         if step.op_type in ("If", "Loop") and not step.domain:
             deciding = step.inputs[:1] if step.op_type == "If" else step.inputs[:2]

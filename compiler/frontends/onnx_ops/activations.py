@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from .host import Host
-from .registry import Node, normalize_axis, operator
+from .registry import Node, cast_to, normalize_axis, operator
 
-_PLAIN = {
+_PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Relu": F.relu,
     "Sigmoid": torch.sigmoid,
     "Tanh": torch.tanh,
@@ -84,7 +84,7 @@ def shrink(node: Node, x: torch.Tensor) -> torch.Tensor:
     """Pulled towards zero by bias outside of [-lambd, lambd], 0 inside."""
     bias, limit = node.get("bias", 0.0), node.get("lambd", 0.5)
     outside = torch.where(x > limit, x - bias, torch.zeros_like(x))
-    return torch.where(x < -limit, x + bias, outside).to(x.dtype)
+    return cast_to(torch.where(x < -limit, x + bias, outside), x.dtype)
 
 
 @operator("Gelu", since=20)

@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .registry import Node, operator
+from .registry import Node, cast_to, operator
 from .tensors import torch_dtype
 
 
@@ -43,7 +43,7 @@ def attention(
         offset = past_key.shape[2]
         k, v = torch.cat((past_key, k), 2), torch.cat((past_value, v), 2)
     elif lengths is not None:
-        offset = (lengths.to(torch.int64) - queries).reshape(-1, 1, 1, 1)
+        offset = (cast_to(lengths, torch.int64) - queries).reshape(-1, 1, 1, 1)
     wants_scores = len(node.outputs) > 3 and node.outputs[3]
     precision = node.get("softmax_precision")
     plain = not node.get("softcap", 0.0) and not wants_scores
@@ -87,7 +87,7 @@ def _bias(
     if node.get("right_window_size", -1) >= 0:
         conditions.append(column - row - offset <= node.get("right_window_size"))
     if lengths is not None:
-        conditions.append(column < lengths.to(torch.int64).reshape(-1, 1, 1, 1))
+        conditions.append(column < cast_to(lengths, torch.int64).reshape(-1, 1, 1, 1))
     for condition in conditions:
         allowed = condition if allowed is None else allowed & condition
     if mask is None:
@@ -123,9 +123,10 @@ def _spelled_out(
         scores = scores + bias
     stages.append(scores)
     precision = node.get("softmax_precision")
-    wide = scores if precision is None else scores.to(torch_dtype(precision))
+    wide = scores if precision is None else cast_to(scores, torch_dtype(precision))
     hidden = (wide == -math.inf).all(-1, keepdim=True)  # a row without keys gives zeros, not NaN
-    weights = torch.where(hidden, torch.zeros((), dtype=wide.dtype), torch.softmax(wide, -1)).to(v.dtype)
+    weights = torch.where(hidden, torch.zeros((), dtype=wide.dtype), torch.softmax(wide, -1))
+    weights = cast_to(weights, v.dtype)
     stages.append(weights)
     return torch.matmul(weights, v), stages[node.get("qk_matmul_output_mode", 0)]
 
@@ -144,7 +145,7 @@ def rotary_embedding(
     size = node.get("rotary_embedding_dim", 0) or heads.shape[3]
     turned, rest = heads[..., :size], heads[..., size:]
     if positions is not None:
-        index = positions.to(torch.int64)
+        index = cast_to(positions, torch.int64)
         cos, sin = cos[index], sin[index]
     cos, sin = (cache[..., : size // 2].unsqueeze(1) for cache in (cos, sin))
     if node.get("interleaved", 0):

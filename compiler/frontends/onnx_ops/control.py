@@ -32,7 +32,8 @@ def loop(node: Node, scope: dict[str, Any], trips: Any, condition: Any, *carried
     body = node.get("body")
     count = None if trips is None else _decided(trips, "the trip count")
     live = condition is None or bool(_decided(condition, "the condition"))
-    state, collected = list(carried), [[] for _ in range(len(body.outputs) - 1 - len(carried))]
+    state = list(carried)
+    collected: list[list[torch.Tensor]] = [[] for _ in range(len(body.outputs) - 1 - len(carried))]
     trip = 0
     while live and (count is None or trip < count):
         if trip >= MAX_TRIPS:

@@ -23,7 +23,10 @@ def constant_of_shape(node: Node, shape: Host) -> torch.Tensor:
 @operator("Range", since=11, host=(0, 1, 2))
 def range_(node: Node, start: Host, limit: Host, delta: Host) -> torch.Tensor:
     """Evenly spaced numbers."""
-    return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
+    first, step = start.item(), delta.item()
+    if isinstance(first, int) and isinstance(step, int) and (first, step) == (0, 1):
+        return torch.arange(limit.item(), dtype=start.dtype)
+    return torch.arange(first, limit.item(), step, dtype=start.dtype)
 
 
 @operator("EyeLike", since=9, raw=True)

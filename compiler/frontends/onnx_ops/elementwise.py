@@ -7,6 +7,7 @@ passes see the number.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 
 from . import host as h
 from .host import Host
-from .registry import Node, as_tensor, operator
+from .registry import Function, Node, as_tensor, cast_to, operator
 
-_UNARY = {
+_UNARY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Abs": torch.abs,
     "Acos": torch.acos,
     "Acosh": torch.acosh,
@@ -48,6 +49,8 @@ _UNARY = {
 @operator(*_UNARY)
 def unary(node: Node, x: torch.Tensor) -> torch.Tensor:
     """Functions of one number."""
+    if node.op_type == "BitwiseNot" and x.dtype in (torch.uint16, torch.uint32):
+        return torch.bitwise_not(x.to(torch.int64)).to(x.dtype)
     return _UNARY[node.op_type](x)
 
 
@@ -69,9 +72,9 @@ def is_inf(node: Node, x: torch.Tensor) -> torch.Tensor:
 
 
 def operands(a: Any, b: Any) -> tuple[Any, Any]:
-    """Two inputs of a broadcasting function: one-element host values as numbers where the result's shape stays right."""
+    """Two inputs of a broadcasting function: one-element host values as numbers, where the shape stays right."""
     if isinstance(a, Host) and isinstance(b, Host):
-        return a.tensor(), (b.tensor())
+        return a.tensor(), b.tensor()
     return _beside(a, b), _beside(b, a)
 
 
@@ -84,7 +87,21 @@ def _beside(value: Any, other: Any) -> Any:
     return value.tensor()
 
 
+def _unsigned(function: Function) -> Function:
+    """Compute uint16 and uint32, for which torch has no arithmetic, in int64, which holds all of them."""
+
+    def apply(node: Node, a: Any, b: Any) -> torch.Tensor:
+        kind = a.dtype
+        if kind not in (torch.uint16, torch.uint32):
+            return function(node, a, b)
+        result = function(node, as_tensor(a).to(torch.int64), as_tensor(b).to(torch.int64))
+        return result if result.dtype == torch.bool else result.to(kind)
+
+    return apply
+
+
 @operator("Add", "Sub", "Mul", since=7, raw=True)
+@_unsigned
 def arithmetic(node: Node, a: Any, b: Any) -> torch.Tensor:
     """Sum, difference and product."""
     x, y = operands(a, b)
@@ -96,6 +113,7 @@ def arithmetic(node: Node, a: Any, b: Any) -> torch.Tensor:
 
 
 @operator("Div", since=7, raw=True)
+@_unsigned
 def divide(node: Node, a: Any, b: Any) -> torch.Tensor:
     """Quotient; of integers rounded towards zero."""
     x, y = operands(a, b)
@@ -107,6 +125,7 @@ def divide(node: Node, a: Any, b: Any) -> torch.Tensor:
 
 
 @operator("Mod", since=10, raw=True)
+@_unsigned
 def modulo(node: Node, a: Any, b: Any) -> torch.Tensor:
     """Remainder, of the divisor's sign, or of the dividend's with fmod."""
     x, y = operands(a, b)
@@ -123,7 +142,7 @@ def power(node: Node, a: Any, b: Any) -> torch.Tensor:
         if a.is_floating_point() or (isinstance(exponent, int) and exponent >= 0):
             return a**exponent
     x, y = as_tensor(a), as_tensor(b)
-    return torch.pow(x, y).to(x.dtype)
+    return cast_to(torch.pow(x, y), x.dtype)
 
 
 _COMPARISONS = {
@@ -143,6 +162,7 @@ _MIRRORED = {
 
 
 @operator(*_COMPARISONS, since=7, raw=True)
+@_unsigned
 def compare(node: Node, a: Any, b: Any) -> torch.Tensor:
     """Relations."""
     x, y = operands(a, b)

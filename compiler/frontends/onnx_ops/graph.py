@@ -101,15 +101,11 @@ class OnnxNode(nn.Module):
 
     def _evaluate(self, inputs: list[Any], values: dict[str, Value]) -> Any:
         on_host = host_function(self.domain, self.op_type)
-        if on_host is not None and inputs and all(isinstance(v, Host) or v is None for v in inputs):
-            # weights stay tensors, so that they keep their names
-            if not any(
-                v.dtype.is_floating_point and v.stored is not None and v.size > 1 for v in inputs if v is not None
-            ):
-                try:
-                    return on_host(self, *inputs)
-                except NotOnHost:
-                    pass  # the tensor form below does it
+        if on_host is not None and inputs and all(v is None or _plain(v) for v in inputs):
+            try:
+                return on_host(self, *inputs)
+            except NotOnHost:
+                pass  # the tensor form below does it
         operator = self.implementation
         if operator is None:
             raise UnsupportedOperator(f"{self.describe()} is not supported")
@@ -154,7 +150,7 @@ class GraphBody(nn.Module):
                 _place_module(self.nodes, step.label, step)
         self.inputs = tuple(value.name for value in proto.input if value.name not in self._constants)
         self.outputs = tuple(value.name for value in proto.output)
-        self._weights: dict[str, tuple[nn.Module, str]] = {}
+        self._weights: dict[str, str] = {}  # names to dotted paths below this module, which may be a copy
         self._hosts: dict[str, Host] = {}
         self._release = self._last_uses()
 
@@ -193,8 +189,8 @@ class GraphBody(nn.Module):
     def run(self, outer: Mapping[str, Value], inputs: Sequence[Value]) -> list[Value]:
         """Interpret the nodes; values of enclosing graphs are visible."""
         values: dict[str, Value] = dict(outer)
-        for name, (module, attribute) in self._weights.items():
-            tensor = getattr(module, attribute)
+        for name, path in self._weights.items():
+            tensor = self.get_buffer(path)
             host = self._hosts.get(name)
             values[name] = tensor if host is None else dataclasses.replace(host, stored=tensor)
         values.update(zip(self.inputs, inputs, strict=True))
@@ -269,8 +265,9 @@ def _place_module(root: nn.Module, name: str, module: nn.Module) -> None:
     root.add_module(leaf, module)
 
 
-def _place_buffer(root: nn.Module, name: str, tensor: torch.Tensor) -> tuple[nn.Module, str]:
-    """Add a buffer under a dotted name, with other punctuation as underscores; returns where it is."""
+def _place_buffer(root: nn.Module, name: str, tensor: torch.Tensor) -> str:
+    """Add a buffer under a dotted name, with other punctuation as underscores; returns the name it has."""
+    path: list[str] = []
     *parents, leaf = [part or "_" for part in re.sub(r"[^0-9A-Za-z_.]", "_", name).split(".")]
     for parent in parents:
         if parent not in root._modules or parent == "nodes":
@@ -278,10 +275,18 @@ def _place_buffer(root: nn.Module, name: str, tensor: torch.Tensor) -> tuple[nn.
                 parent += "_"
             root.add_module(parent, nn.Module())
         root = root._modules[parent]  # type: ignore[assignment]
+        path.append(parent)
     while hasattr(root, leaf):
         leaf += "_"
     root.register_buffer(leaf, tensor)
-    return root, leaf
+    return ".".join((*path, leaf))
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is to be computed with on the host; weights stay tensors, so that they keep their names."""
+    if not isinstance(value, Host):
+        return False
+    return value.stored is None or value.size <= 1 or not value.dtype.is_floating_point
 
 
 def _show(value: Any) -> str:

@@ -261,7 +261,7 @@ def slice_(node: Node, x: Host, *parameters: Host) -> Host:
 
 def slice_parameters(node: Node, rank: int, given: tuple[Host | None, ...]) -> tuple[list, list, list[int], list]:
     """Starts, ends, axes and steps of a Slice, from inputs (opset 10) or attributes."""
-    starts, ends, axes, steps = (*given, *[None] * (4 - len(given)))
+    starts, ends, axes, steps = [*given, None, None, None, None][:4]
     start_values = starts.values if starts is not None else list(node.get("starts"))
     end_values = ends.values if ends is not None else list(node.get("ends"))
     chosen = axes_of(node, axes, rank)

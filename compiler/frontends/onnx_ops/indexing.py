@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .host import SYMBOLIC, Host
 from .host_ops import slice_parameters
-from .registry import Node, as_tensor, axes_of, normalize_axis, operator
+from .registry import Node, as_tensor, axes_of, cast_to, normalize_axis, operator
 
 
 @operator("Gather", raw=True)
@@ -25,13 +25,13 @@ def gather(node: Node, data: Any, indices: Any) -> torch.Tensor:
         index = index if isinstance(index, SYMBOLIC) or index >= 0 else index + data.shape[dim]
         return data.narrow(dim, index, 1)
     index = as_tensor(indices)
-    index = index if index.dtype == torch.int64 else index.to(torch.int64)
+    index = cast_to(index, torch.int64)
     return data[(slice(None),) * dim + (index,)]
 
 
 def _from_front(index: torch.Tensor, size: Any) -> torch.Tensor:
     """Indices without negative ones, as int64."""
-    index = index.to(torch.int64)
+    index = cast_to(index, torch.int64)
     return torch.where(index < 0, index + size, index)
 
 
@@ -50,7 +50,7 @@ def gather_nd(node: Node, data: torch.Tensor, indices: torch.Tensor) -> torch.Te
     for axis in range(batch):
         shape = [data.shape[axis] if a == axis else 1 for a in range(indices.dim() - 1)]
         index.append(torch.arange(data.shape[axis]).reshape(shape))
-    index.extend(indices.to(torch.int64).select(-1, i) for i in range(indices.shape[-1]))
+    index.extend(cast_to(indices, torch.int64).select(-1, i) for i in range(indices.shape[-1]))
     return data[tuple(index)]
 
 
@@ -72,7 +72,7 @@ def scatter_elements(node: Node, data: torch.Tensor, indices: torch.Tensor, upda
 def scatter_nd(node: Node, data: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
     """A copy with elements or slices replaced, or combined, by index tuples (the last axis of indices)."""
     reduction = node.get("reduction", "none")
-    index = tuple(indices.to(torch.int64).select(-1, i) for i in range(indices.shape[-1]))
+    index = tuple(cast_to(indices, torch.int64).select(-1, i) for i in range(indices.shape[-1]))
     if reduction in ("none", "add"):
         return torch.index_put(data, index, updates, accumulate=reduction == "add")
     depth = indices.shape[-1]
@@ -99,7 +99,7 @@ def tensor_scatter(
     """A cache with a run of entries along an axis replaced, per batch row, from a start index; circular mode wraps."""
     dim = normalize_axis(node.get("axis", -2), cache.dim())
     offsets = torch.arange(update.shape[dim])
-    start = torch.zeros(1, dtype=torch.int64) if write is None else write.to(torch.int64)
+    start = torch.zeros(1, dtype=torch.int64) if write is None else cast_to(write, torch.int64)
     positions = start[:, None] + offsets
     if node.get("mode", "linear") == "circular":
         positions = torch.remainder(positions, cache.shape[dim])
@@ -188,7 +188,7 @@ def one_hot(node: Node, indices: torch.Tensor, depth: Host, values: torch.Tensor
     count = depth.item()
     count = count if isinstance(count, SYMBOLIC) else int(count)
     dim = normalize_axis(node.get("axis", -1), indices.dim() + 1)
-    index = indices.to(torch.int64).unsqueeze(dim)
+    index = cast_to(indices, torch.int64).unsqueeze(dim)
     line = torch.arange(count).reshape(-1, *[1] * (indices.dim() - dim))
     hit = (index == line) | (index + count == line)
     return torch.where(hit, values[1], values[0])
@@ -200,7 +200,7 @@ def reverse_sequence(node: Node, x: torch.Tensor, lengths: torch.Tensor) -> torc
     time, batch = node.get("time_axis", 0), node.get("batch_axis", 1)
     rows = x.transpose(0, time) if batch == 1 else x.transpose(0, 1)  # time first, batch second
     position = torch.arange(rows.shape[0])[:, None]
-    count = lengths.to(torch.int64)[None, :]
+    count = cast_to(lengths, torch.int64)[None, :]
     source = torch.where(position < count, count - 1 - position, position)
     picked = rows[source, torch.arange(rows.shape[1])[None, :]]
     return picked.transpose(0, time) if batch == 1 else picked.transpose(0, 1)

@@ -21,10 +21,10 @@ def gemm(node: Node, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = 
     a = a.t() if node.get("transA", 0) else a
     transposed = bool(node.get("transB", 0))
     if alpha == 1 and a.is_floating_point():
-        bias = c is not None and beta == 1 and c.dim() == 1 and c.shape[0] == b.shape[0 if transposed else 1]
-        if transposed and (bias or c is None):
+        whole = c is None or (beta == 1 and c.dim() == 1 and c.shape[0] == b.shape[0 if transposed else 1])
+        if transposed and whole:
             return F.linear(a, b, c)
-        if bias:
+        if whole and c is not None:
             return torch.addmm(c, a, b.t() if transposed else b)
     product = torch.matmul(a, b.t() if transposed else b)
     product = product if alpha == 1 else product * _number(alpha, product)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .registry import Node, normalize_axis, operator
+from .registry import Node, cast_to, normalize_axis, operator
 
 
 def _training(node: Node) -> str | None:
@@ -27,11 +27,7 @@ def batch_norm(
 @operator("InstanceNormalization", since=6)
 def instance_norm(node: Node, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Each plane normalized by its own mean and variance."""
-    dims = list(range(2, x.dim()))
-    shape = (-1, *[1] * len(dims))
-    centred = x - x.mean(dims, keepdim=True)
-    variance = (centred * centred).mean(dims, keepdim=True)
-    return centred * torch.rsqrt(variance + node.get("epsilon", 1e-5)) * scale.reshape(shape) + bias.reshape(shape)
+    return F.group_norm(x, x.shape[1], scale, bias, node.get("epsilon", 1e-5))
 
 
 @operator("GroupNormalization", since=18)
@@ -65,7 +61,7 @@ def layer_norm(
         result = result if bias is None else result + bias
     if len(node.outputs) == 1:
         return result
-    dims, wide = list(range(axis, x.dim())), x.to(torch.float32)
+    dims, wide = list(range(axis, x.dim())), cast_to(x, torch.float32)
     mean = wide.mean(dims, keepdim=True)
     variance = ((wide - mean) ** 2).mean(dims, keepdim=True)
     return (result, mean, torch.rsqrt(variance + epsilon))[: len(node.outputs)]
@@ -85,9 +81,9 @@ def rms_norm(node: Node, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     shape = list(x.shape[axis:])
     if x.dtype in (torch.float32, torch.float64) and list(scale.shape) == shape and scale.dtype == x.dtype:
         return F.rms_norm(x, shape, scale, epsilon)
-    wide = x.to(torch.float32) if node.get("stash_type", 1) == 1 and x.dtype != torch.float64 else x
+    wide = cast_to(x, torch.float32) if node.get("stash_type", 1) == 1 and x.dtype != torch.float64 else x
     mean = (wide * wide).mean(list(range(axis, x.dim())), keepdim=True)
-    return (wide * torch.rsqrt(mean + epsilon)).to(scale.dtype) * scale
+    return cast_to(wide * torch.rsqrt(mean + epsilon), scale.dtype) * scale
 
 
 @operator("SkipSimplifiedLayerNormalization", "SkipLayerNormalization", domain="com.microsoft")

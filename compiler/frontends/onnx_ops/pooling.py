@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .registry import Node, operator
+from .registry import Node, cast_to, operator
 from .windows import Windows
 
-_MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_MAX: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -28,7 +29,7 @@ def max_pool(node: Node, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, 
     rank, sizes = len(windows.kernel), x.shape[2:]
     if node.get("ceil_mode", 0):
         windows = windows.rounded_up(sizes)
-    values = x if x.is_floating_point() else x.to(torch.float32 if x.dtype.itemsize < 4 else torch.float64)
+    values = x if x.is_floating_point() else cast_to(x, torch.float32 if x.dtype.itemsize < 4 else torch.float64)
     function, strides, dilations = _MAX[rank], windows.strides, windows.dilations
     wants_indices = len(node.outputs) > 1
     if _takes_padding(windows):
@@ -39,9 +40,9 @@ def max_pool(node: Node, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, 
         result = function(full, windows.kernel, strides, 0, dilations, return_indices=wants_indices)
         offsets, padded = list(windows.begins), list(full.shape[2:])
     if not wants_indices:
-        return result.to(x.dtype)
+        return cast_to(result, x.dtype)
     best, plane = result
-    return best.to(x.dtype), _whole_index(x, plane, offsets, padded, bool(node.get("storage_order", 0)))
+    return cast_to(best, x.dtype), _whole_index(x, plane, offsets, padded, bool(node.get("storage_order", 0)))
 
 
 def _whole_index(

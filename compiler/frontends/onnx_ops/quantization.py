@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .host import INTEGERS
-from .registry import Node, normalize_axis, operator
+from .registry import Node, cast_to, normalize_axis, operator
 from .shapes import convert
 from .tensors import torch_dtype
 from .windows import Windows
@@ -43,14 +43,14 @@ def quantize_linear(node: Node, x: torch.Tensor, scale: torch.Tensor, zero: torc
     divided = torch_dtype(precision) if precision else scale.dtype
     if x.dtype == torch.int32:
         divided = torch.float32 if not divided.is_floating_point else divided
-    quotient = x.to(divided) / _along(node, scale, x).to(divided)
+    quotient = cast_to(x, divided) / _along(node, scale, x).to(divided)
     if target.is_floating_point:
-        shifted = quotient if zero is None else quotient + _along(node, zero.to(quotient.dtype), x)
+        shifted = quotient if zero is None else quotient + _along(node, cast_to(zero, quotient.dtype), x)
         return convert(shifted, target, bool(node.get("saturate", 1)))
     low, high = _limits(target)
-    rounded = torch.round(quotient.to(torch.float32))
+    rounded = torch.round(cast_to(quotient, torch.float32))
     if zero is not None:
-        rounded = rounded + _along(node, zero.to(torch.float32), x)
+        rounded = rounded + _along(node, cast_to(zero, torch.float32), x)
     return rounded.clamp(low, high).to(target)
 
 
@@ -61,10 +61,10 @@ def dequantize_linear(
     """(x - zero point) * scale."""
     declared = node.get("output_dtype", 0)
     target = torch_dtype(declared) if declared else scale.dtype
-    value = x.to(target)
+    value = cast_to(x, target)
     if zero is not None:
-        value = value - _along(node, zero.to(target), x)
-    return value * _along(node, scale.to(target), x)
+        value = value - _along(node, cast_to(zero, target), x)
+    return value * _along(node, cast_to(scale, target), x)
 
 
 @operator("DynamicQuantizeLinear", since=11)
@@ -74,14 +74,14 @@ def dynamic_quantize_linear(node: Node, x: torch.Tensor) -> tuple[torch.Tensor, 
     low, high = torch.minimum(x.min(), none), torch.maximum(x.max(), none)
     scale = (high - low) / 255
     zero = torch.round(-low / scale).clamp(0, 255)
-    return (torch.round(x / scale) + zero).clamp(0, 255).to(torch.uint8), scale, zero.to(torch.uint8)
+    return (torch.round(x / scale) + zero).clamp(0, 255).to(torch.uint8), scale, cast_to(zero, torch.uint8)
 
 
 def _rows(zero: torch.Tensor | None, rank: int) -> torch.Tensor | int:
     """A zero point per row of a matrix."""
     if zero is None:
         return 0
-    return zero.to(torch.int32).unsqueeze(-1) if zero.dim() == 1 and rank > 1 else zero.to(torch.int32)
+    return cast_to(zero, torch.int32).unsqueeze(-1) if zero.dim() == 1 and rank > 1 else cast_to(zero, torch.int32)
 
 
 @operator("MatMulInteger", since=10)
@@ -89,8 +89,8 @@ def matmul_integer(
     node: Node, a: torch.Tensor, b: torch.Tensor, a_zero: torch.Tensor | None = None, b_zero: torch.Tensor | None = None
 ) -> torch.Tensor:
     """(a - zero) (b - zero) in int32."""
-    left = a.to(torch.int32) - _rows(a_zero, a.dim())
-    right = b.to(torch.int32) - (0 if b_zero is None else b_zero.to(torch.int32))
+    left = cast_to(a, torch.int32) - _rows(a_zero, a.dim())
+    right = cast_to(b, torch.int32) - (0 if b_zero is None else cast_to(b_zero, torch.int32))
     return torch.matmul(left, right)
 
 
@@ -107,10 +107,14 @@ def qlinear_matmul(
     y_zero: torch.Tensor,
 ) -> torch.Tensor:
     """Matrix product of quantized matrices, quantized again."""
-    total = torch.matmul(a.to(torch.int32) - _rows(a_zero, a.dim()), b.to(torch.int32) - b_zero.to(torch.int32))
+    total = torch.matmul(
+        cast_to(a, torch.int32) - _rows(a_zero, a.dim()), cast_to(b, torch.int32) - cast_to(b_zero, torch.int32)
+    )
     left = a_scale.unsqueeze(-1) if a_scale.dim() == 1 and a.dim() > 1 else a_scale
     out_scale = y_scale.unsqueeze(-1) if y_scale.dim() == 1 and a.dim() > 1 else y_scale
-    wide = total.to(torch.float32) * (left.to(torch.float32) * b_scale.to(torch.float32) / out_scale.to(torch.float32))
+    wide = cast_to(total, torch.float32) * (
+        cast_to(left, torch.float32) * cast_to(b_scale, torch.float32) / cast_to(out_scale, torch.float32)
+    )
     low, high = _limits(y_zero.dtype)
     return (torch.round(wide) + _rows(y_zero, a.dim())).clamp(low, high).to(y_zero.dtype)
 
@@ -124,12 +128,14 @@ def _integer_conv(
     """Convolution of integers, in float64, which holds every sum exactly."""
     windows = Windows.of(node, x, w.shape[2:])
     rank = len(windows.kernel)
-    left = x.to(torch.float64) - (0 if x_zero is None else x_zero.to(torch.float64))
-    right = w.to(torch.float64)
+    left = cast_to(x, torch.float64) - (0 if x_zero is None else cast_to(x_zero, torch.float64))
+    right = cast_to(w, torch.float64)
     if w_zero is not None:
         per_output = w_zero.dim() == 1 and math.prod(w_zero.shape) > 1
         right = right - (
-            w_zero.to(torch.float64).reshape(-1, *[1] * (rank + 1)) if per_output else w_zero.to(torch.float64)
+            cast_to(w_zero, torch.float64).reshape(-1, *[1] * (rank + 1))
+            if per_output
+            else cast_to(w_zero, torch.float64)
         )
     return _CONV[rank](windows.pad(left, 0), right, None, windows.strides, 0, windows.dilations, node.get("group", 1))
 
@@ -159,8 +165,8 @@ def qlinear_conv(
     shape = (-1, *[1] * (x.dim() - 2))
     total = _integer_conv(node, x, x_zero, w, w_zero)
     if bias is not None:
-        total = total + bias.to(torch.float64).reshape(shape)
+        total = total + cast_to(bias, torch.float64).reshape(shape)
     factor = (x_scale * w_scale / y_scale).to(torch.float64)
     factor = factor.reshape(shape) if factor.dim() == 1 and math.prod(factor.shape) > 1 else factor.reshape(())
     low, high = _limits(y_zero.dtype)
-    return (torch.round(total * factor) + y_zero.to(torch.float64)).clamp(low, high).to(y_zero.dtype)
+    return (torch.round(total * factor) + cast_to(y_zero, torch.float64)).clamp(low, high).to(y_zero.dtype)

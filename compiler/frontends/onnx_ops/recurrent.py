@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from .registry import Node, operator
 _GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 _DEFAULTS = {"RNN": ["Tanh"], "GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
 Activation = Callable[[torch.Tensor], torch.Tensor]
+Parametric = Callable[[torch.Tensor, float, float], torch.Tensor]
 
 # name: (function of x, alpha, beta; default alpha; default beta)
-_ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor, float, float], torch.Tensor], float, float]] = {
+_ACTIVATIONS: dict[str, tuple[Parametric, float, float]] = {
     "relu": (lambda x, a, b: F.relu(x), 0, 0),
     "tanh": (lambda x, a, b: torch.tanh(x), 0, 0),
     "sigmoid": (lambda x, a, b: torch.sigmoid(x), 0, 0),
@@ -33,15 +35,19 @@ _ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor, float, float], torch.Tenso
 def _activations(node: Node, directions: int) -> list[Activation]:
     names = [name.lower() for name in node.get("activations", _DEFAULTS[node.op_type] * directions)]
     alphas, betas = list(node.get("activation_alpha", [])), list(node.get("activation_beta", []))
-    made = []
+    made: list[Activation] = []
     for name in names:
         function, alpha, beta = _ACTIVATIONS[name]
         takes_alpha = name in ("affine", "leakyrelu", "thresholdedrelu", "scaledtanh", "hardsigmoid", "elu")
         takes_beta = name in ("affine", "scaledtanh", "hardsigmoid")
         alpha = alphas.pop(0) if takes_alpha and alphas else alpha
         beta = betas.pop(0) if takes_beta and betas else beta
-        made.append(lambda x, f=function, a=alpha, b=beta: f(x, a, b))
+        made.append(partial(_activate, function, alpha, beta))
     return made
+
+
+def _activate(function: Parametric, alpha: float, beta: float, x: torch.Tensor) -> torch.Tensor:
+    return function(x, alpha, beta)
 
 
 def _unknown(node: Node) -> str | None:
@@ -130,8 +136,10 @@ class _Cell:
         return x if self._clip is None else x.clamp(-self._clip, self._clip)
 
     def __call__(self, x: torch.Tensor, *state: torch.Tensor) -> list[torch.Tensor]:
-        step = {"RNN": self._rnn, "GRU": self._gru, "LSTM": self._lstm}[self._kind]
-        return step(F.linear(x, self._w, self._wb), *state)
+        given = F.linear(x, self._w, self._wb)
+        if self._kind == "LSTM":
+            return self._lstm(given, *state)
+        return self._gru(given, *state) if self._kind == "GRU" else self._rnn(given, *state)
 
     def _rnn(self, given: torch.Tensor, h: torch.Tensor) -> list[torch.Tensor]:
         return [self._functions[0](self._clipped(given + F.linear(h, self._r, self._rb)))]

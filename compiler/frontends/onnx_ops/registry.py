@@ -118,6 +118,11 @@ def as_tensor(value: Any) -> Any:
     return value.tensor() if isinstance(value, Host) else value
 
 
+def cast_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Another element type; nothing at all where it is the same, because an export records even an idle conversion."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def normalize_axis(axis: int, rank: int) -> int:
     """A non-negative axis.
 

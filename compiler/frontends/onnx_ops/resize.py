@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .host import Host
-from .registry import Node, normalize_axis, operator
+from .registry import Node, cast_to, normalize_axis, operator
 
 
 @operator("Upsample", since=7, host=(1,))
@@ -92,7 +93,7 @@ def _resize(
         return native
     dtype = x.dtype
     if not x.is_floating_point() and kind != "nearest":
-        x = x.to(torch.float32)
+        x = cast_to(x, torch.float32)
     for i in changed:
         axis, own = axes[i], x.shape[axes[i]]
         factor = factors[i] if factors[i] is not None else torch.sym_float(sizes[i]) / own
@@ -101,7 +102,7 @@ def _resize(
         if kind == "nearest":
             picked = x.index_select(axis, _nearest(where, nearest).clamp(0, own - 1))
         else:
-            matrix = _weights(node, where, own, factor, kind).to(x.dtype)
+            matrix = cast_to(_weights(node, where, own, factor, kind), x.dtype)
             picked = torch.matmul(x.movedim(axis, -1), matrix.t()).movedim(-1, axis)
         if mode == "tf_crop_and_resize":
             outside = ((where < 0) | (where > own - 1)).reshape(-1, *[1] * (x.dim() - 1 - axis))
@@ -111,7 +112,7 @@ def _resize(
 
 
 def _same(a: Any, b: Any) -> bool:
-    return a is b or (isinstance(a, int) and isinstance(b, int) and a == b)
+    return statically_known_true(a == b)
 
 
 def _native(
@@ -240,7 +241,7 @@ def roi_align(node: Node, x: torch.Tensor, rois: torch.Tensor, batch: torch.Tens
 
     y = samples(boxes[:, 1], extent[:, 1], height)[:, :, None]
     z = samples(boxes[:, 0], extent[:, 0], width)[:, None, :]
-    values = _at(x, batch.to(torch.int64), y, z, node.get("mode", "avg"))
+    values = _at(x, cast_to(batch, torch.int64), y, z, node.get("mode", "avg"))
     values = values.reshape(*values.shape[:2], height, ratio, width, ratio)
     return values.mean((3, 5)) if node.get("mode", "avg") == "avg" else values.amax((3, 5))
 

@@ -12,7 +12,7 @@ from . import host as h
 from .host import DTYPES as HOST_DTYPES
 from .host import Host, NotOnHost
 from .host_ops import split_sizes
-from .registry import Node, as_tensor, axes_of, normalize_axis, operator
+from .registry import Node, as_tensor, axes_of, cast_to, normalize_axis, operator
 from .tensors import torch_dtype
 
 
@@ -180,13 +180,17 @@ def convert(x: Any, dtype: torch.dtype, saturate: bool) -> Any:
             pass  # a float that no integer holds: torch's own conversion decides
     tensor = as_tensor(x)
     if dtype.is_floating_point and dtype.itemsize == 1 and tensor.dtype != dtype:
-        largest = torch.finfo(dtype).max
-        wide = tensor.to(torch.float32)
-        if saturate:
-            kept = torch.where(torch.isnan(wide), wide, wide.clamp(-largest, largest))
-            return kept.to(dtype)
-        return wide.to(dtype)
-    return tensor.to(dtype)
+        return _to_float8(tensor.to(torch.float32), dtype, saturate)
+    return cast_to(tensor, dtype)
+
+
+def _to_float8(x: torch.Tensor, dtype: torch.dtype, saturate: bool) -> torch.Tensor:
+    largest = torch.finfo(dtype).max
+    if saturate:
+        return torch.where(torch.isnan(x), x, x.clamp(-largest, largest)).to(dtype)
+    if dtype == torch.float8_e4m3fn:  # what would round beyond the largest number is NaN, for want of an infinity
+        x = torch.where(x.abs() > largest + 16, torch.full((), math.nan), x)
+    return x.to(dtype)
 
 
 @operator("BitCast", since=26)

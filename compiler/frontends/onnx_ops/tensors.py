@@ -141,7 +141,8 @@ def inline_tensor(proto: onnx.TensorProto, dtype: torch.dtype) -> torch.Tensor:
         raw = proto.raw_data
         if len(raw) != count * dtype.itemsize:
             raise SourceError(
-                f"initializer {proto.name!r} has {len(raw)} bytes, its shape {list(shape)} needs {count * dtype.itemsize}"
+                f"initializer {proto.name!r} has {len(raw)} bytes, "
+                f"its shape {list(shape)} needs {count * dtype.itemsize}"
             )
         with warnings.catch_warnings():
             # the bytes are read-only and nothing writes weights; a writable copy would double the memory

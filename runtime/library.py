@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 import weakref
 from ctypes import POINTER, c_char, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -59,8 +61,7 @@ class Library:
         """
         self.path = path
         try:
-            # an absolute path: a bare file name would be searched for in the system's directories
-            self._library = ctypes.CDLL(str(path.absolute()), mode=ctypes.RTLD_LOCAL)
+            self._library = ctypes.CDLL(_fresh_name(path), mode=ctypes.RTLD_LOCAL)
         except OSError as error:
             raise ArtifactError(f"{path}: cannot be loaded: {error}") from None
         abi = self._variable(c_int32, "tw_abi").value
@@ -98,6 +99,26 @@ class Library:
             return kind.in_dll(self._library, name)
         except ValueError:
             raise ArtifactError(f"{self.path}: does not export {name}") from None
+
+
+def _fresh_name(path: Path) -> str:
+    """A spelling of the path under which the loader knows no other file.
+
+    The loader takes a name that it has seen for the library that it loaded then, even after another artifact took its
+    place. Every file that this process has met under a path therefore gets a spelling of its own: ``/./`` more.
+    """
+    status = path.stat()
+    identity = (status.st_dev, status.st_ino)
+    folder, name = os.path.split(os.path.abspath(path))
+    with _names_lock:
+        met = _files_met.setdefault(f"{folder}/{name}", [])
+        if identity not in met:
+            met.append(identity)
+        return f"{folder}{'/.' * met.index(identity)}/{name}"
+
+
+_files_met: dict[str, list[tuple[int, int]]] = {}
+_names_lock = threading.Lock()
 
 
 class ThreadPool:

@@ -130,13 +130,13 @@ def busy_plan() -> Plan:
     )
 
 
-def compile_library(folder: Path, identity: str, size: int) -> bytes:
+def compile_library(folder: Path, identity: str, size: int, *extra: str) -> bytes:
     """``toy.c`` with the C runtime as a shared library."""
     output = folder / "toy.so"
     defines = [f'-DWEIGHTS_ID="{identity}"', f"-DWEIGHTS_SIZE={size}"]
     flags = ["-std=gnu11", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-pthread", "-I", str(C_SOURCES)]
     sources = [str(HERE / "toy.c"), str(C_SOURCES / "tw_runtime.c")]
-    command = [*find_compiler().command, *flags, *defines, *sources, "-o", str(output)]
+    command = [*find_compiler().command, *flags, *defines, *extra, *sources, "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output.read_bytes()
@@ -154,6 +154,14 @@ def toy_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ],
         "info": {"source": "toy.c"},
     }
+
+
+@pytest.fixture(scope="session")
+def other_targets(tmp_path_factory: pytest.TempPathFactory) -> list[TargetBinaries]:
+    """Kernels whose entry ``busy`` adds 2 in every step."""
+    folder = tmp_path_factory.mktemp("other_build")
+    library = compile_library(folder, *weights_id(CONSTANTS), "-DINCREMENT=2")
+    return [TargetBinaries("cpu:generic", (), {"model.so": library})]
 
 
 @pytest.fixture(scope="session")

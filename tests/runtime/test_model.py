@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tilewright
 import torch
+from tilewright.codegen.artifact import write_artifact
 from tilewright.runtime.entry import StepTime
 from tilewright.runtime.errors import ArtifactError, InputError, ShapeError, UsageError
 from tilewright.runtime.plan import Buffer, Plan, Ref
@@ -295,3 +296,17 @@ def test_blocked_buffers_are_read_in_their_logical_shape(toy_model, toy):
         read(Ref("buffer", 1))
     with pytest.raises(ArtifactError, match="does not fit its place"):
         read(Ref("buffer", 2))
+
+
+def test_an_artifact_that_is_replaced_while_it_is_loaded(toy_parts, other_targets, tmp_path):
+    """The loader of the system knows libraries by name: the new one must not be taken for the old one."""
+    x = np.zeros((2, 64), np.float32)
+    others = {**toy_parts, "targets": other_targets}
+    models = []
+    for parts, expected in ((toy_parts, 64), (others, 128), (toy_parts, 64), (others, 128)):
+        model = tilewright.load(write_artifact(tmp_path / "same.tw", **parts))
+        models.append((model, expected))
+        again = tilewright.load(tmp_path / "same.tw")
+        models.append((again, expected))
+        for loaded, value in models:
+            assert (loaded.entry("busy")(x)[0] == value).all()

@@ -3,13 +3,16 @@
  * main:  t = x @ w (n rows of 8 by 8x4; another variant for one row);  y = t + table[idx]
  * count: total += x;  y = total      (state)
  * half:  y = x                       (bfloat16)
- * busy:  t = x + 1, 64 times over;  y = t      (many steps, each worth sharing)
+ * busy:  t = x + 1 (or INCREMENT), 64 times over;  y = t      (many steps, each worth sharing)
  */
 #include <string.h>
 
 #include "tw_runtime.h"
 
 #define STEPS 64
+#ifndef INCREMENT
+#define INCREMENT 1
+#endif
 
 static void rows(void *const *restrict buf, const int64_t *restrict dim, int64_t begin, int64_t end,
                  int32_t *restrict fault) {
@@ -62,7 +65,7 @@ static void increment(void *const *restrict buf, const int64_t *restrict dim, in
     const float *x = buf[0];
     float *y = buf[1];
     (void)fault;
-    for (int64_t i = begin * dim[0]; i < end * dim[0]; i++) y[i] = x[i] + 1;
+    for (int64_t i = begin * dim[0]; i < end * dim[0]; i++) y[i] = x[i] + INCREMENT;
 }
 
 static int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }

@@ -15,6 +15,7 @@ extern "C" {
 #endif
 
 #define TW_API __attribute__((visibility("default")))
+#define TW_INTERNAL __attribute__((visibility("hidden"))) /* shared by the objects of one library only */
 
 /* Raised whenever tw_call or the meaning of a function below changes; the host compares it with tw_abi. */
 #define TW_ABI 1
@@ -53,8 +54,8 @@ TW_API void tw_pool_destroy(tw_pool *pool);
 
 /* Runs units [0, units) of one step, shared over the pool as far as `work` (bytes moved plus flops, all units together)
  * is worth it. Does nothing once the call has a fault. */
-TW_API void tw_step(tw_call *call, int32_t step, int32_t variant, tw_kernel kernel, void *const *buf, const int64_t *dim,
-                    int64_t units, int64_t work);
+TW_INTERNAL void tw_step(tw_call *call, int32_t step, int32_t variant, tw_kernel kernel, void *const *buf,
+                         const int64_t *dim, int64_t units, int64_t work);
 
 /* A ready-made trace: appends to a tw_records given as trace_user; what does not fit is counted and dropped. */
 typedef struct {

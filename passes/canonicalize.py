@@ -6,7 +6,7 @@ What later passes and lowering may rely on:
   ``unflatten``), never two in a row, at most one size is ``-1`` and only where it varies. It promises nothing about
   strides. ``aten.permute.default`` with non-negative axes is the only one that reorders them (no ``transpose``, ``t``),
   never two in a row, never before a ``select``. ``expand`` is left only where a later operator does not broadcast by
-  itself. Axes of other operators may be negative. Parts are ``select`` and ``slice`` (no ``unbind``, ``split``, ``chunk``).
+  itself. Axes of other operators may be negative. Parts are ``select`` and ``slice`` (no ``unbind``, ``split``).
 - Copies: no ``clone``, ``contiguous``, ``alias``, ``detach``, ``lift_fresh``, ``dropout``;
   ``aten._to_copy.default(x, dtype=...)`` is the only cast and it does change the dtype. Layout and memory format are
   lowering's. Padding with a number is ``constant_pad_nd``.

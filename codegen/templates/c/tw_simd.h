@@ -33,6 +33,15 @@ static inline int64_t tw_smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t tw_larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t tw_ceildiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/* A loop count that clang may not know: it would unroll a constant short loop first, and then vectorise the loop around
+ * it with gathers and scatters. GCC does best when it knows. */
+static inline int64_t tw_loop_count(int64_t count) {
+#if defined(__clang__)
+    __asm__("" : "+r"(count));
+#endif
+    return count;
+}
+
 #define TW_REPEAT_1(X) X(0)
 #define TW_REPEAT_2(X) TW_REPEAT_1(X) X(1)
 #define TW_REPEAT_3(X) TW_REPEAT_2(X) X(2)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..passes.graph import ops as tilewright_ops  # noqa: F401 - registers our operators
 from ..passes.graph.roles import Anchor, Roles
-from . import convolution, matmul
+from . import attention, convolution, matmul
 from .registry import all_lowerings
 from .values import LANES
 
@@ -14,7 +12,7 @@ _ANCHORS = {
     **dict.fromkeys(matmul.LINEAR | matmul.PRODUCTS, Anchor("matmul", (0, 1))),
     **dict.fromkeys(matmul.ADDED, Anchor("matmul", (1, 2))),
     **dict.fromkeys(convolution.TARGETS, Anchor("convolution", (0,))),
-    torch.ops.aten.scaled_dot_product_attention.default: Anchor("attention", (0, 1, 2), epilogue=False, tail=True),
+    **dict.fromkeys(attention.TARGETS, Anchor("attention", (0, 1, 2), epilogue=False, tail=True)),
 }
 
 

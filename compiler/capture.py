@@ -8,11 +8,14 @@ need no registration anywhere, several entry points share one module, and weight
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 import traceback
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..passes.graph.program import Program
 from ..runtime.errors import SourceError, TilewrightError, UnsupportedOperator, UsageError
-from .importer import flat_identifier, from_exported, short_path, weight_names
+from .importer import flat_identifier, from_exported, is_users, short_path, weight_names
 from .shapes import ShapeSpec, from_torch, is_dimension_language, parse_shapes
 from .structure import Call, bind, describe
 
@@ -38,6 +41,7 @@ def capture(
     *,
     function: str | Callable[..., Any] = "forward",
     made_up: bool = False,
+    input_names: Sequence[str] | None = None,
 ) -> Program:
     """Trace a module into a program.
 
@@ -50,6 +54,7 @@ def capture(
             takes them; axes that are not named are fixed at the example's sizes.
         function: the method or submodule to trace, by name, or a callable that uses the module.
         made_up: whether the examples were made up, so that they may be resized to fit ``shapes``.
+        input_names: names of the tensor inputs, in place of those that follow from the function's parameters.
 
     Raises:
         SourceError: training mode, weights without data, or a forward that fails or cannot be traced.
@@ -59,6 +64,8 @@ def capture(
     _check_ready(module)
     call, traced = _entry(module, function)
     bound = bind(call, args, kwargs)
+    if input_names is not None:
+        bound = replace(bound, tensors=dict(zip(input_names, bound.tensors.values(), strict=True)))
     if not bound.tensors:
         raise UsageError(
             f"the entry point {name!r} has no tensor among its sample arguments; give example inputs (args=, kwargs= or "
@@ -69,7 +76,7 @@ def capture(
     tensors = spec.widen(tensors)
     results: list[Any] = []
     traced.forward = _flat_forward(call, bound, results)
-    exported = _export(traced, tuple(tensors.values()), spec, tuple(tensors))
+    exported, spec = _export(traced, tuple(tensors.values()), spec, tuple(tensors))
     return from_exported(
         name,
         exported,
@@ -107,17 +114,21 @@ def _check_ready(module: nn.Module) -> None:
         if tensor.device.type == "meta":
             raise SourceError(f"the weight {name!r} has no data (it is on the meta device); load the checkpoint first")
         if tensor.device.type != "cpu":
-            raise SourceError(f"the weight {name!r} is on {tensor.device}; move the module to the CPU with module.cpu()")
+            raise SourceError(
+                f"the weight {name!r} is on {tensor.device}; move the module to the CPU with module.cpu()"
+            )
 
 
 def _entry(module: nn.Module, function: str | Callable[..., Any]) -> tuple[Callable[..., Any], nn.Module]:
     """The function to call, bound to a shallow copy of the module (sharing weights), and that copy."""
     traced = copy.copy(module)
-    if function == "forward":
-        return _rebound(module.forward, module, traced), traced
-    # What is traced is not the module's own forward, so its hooks do not belong to it.
+    # The copy's forward takes flat tensors, which the module's own hooks do not expect; they run around its real forward.
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         setattr(traced, hooks, OrderedDict())
+    if function == "forward":
+        if not module._forward_hooks and not module._forward_pre_hooks:
+            return _rebound(module.forward, module, traced), traced
+        return _with_signature(copy.copy(module)._call_impl, module.forward), traced
     if isinstance(function, str):
         target: Any = module
         for part in function.split("."):
@@ -129,23 +140,36 @@ def _entry(module: nn.Module, function: str | Callable[..., Any]) -> tuple[Calla
         submodule = function
         if not any(child is submodule for child in module.modules()):
             raise UsageError("an entry point's module must be the source or one of its submodules")
-        function = submodule.forward
-        call = submodule.__call__
-
-        def through(*args: Any, **kwargs: Any) -> Any:
-            return call(*args, **kwargs)
-
-        through.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-        return through, traced
+        return _with_signature(submodule.__call__, submodule.forward), traced
     if not callable(function):
         raise UsageError(f"an entry point needs a method, a submodule or a callable, not a {type(function).__name__}")
     return _rebound(function, module, traced), traced
 
 
+def _with_signature(call: Callable[..., Any], of: Callable[..., Any]) -> Callable[..., Any]:
+    def through(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    through.__signature__ = inspect.signature(of)  # type: ignore[attr-defined]
+    return through
+
+
 def _rebound(function: Callable[..., Any], module: nn.Module, traced: nn.Module) -> Callable[..., Any]:
-    if inspect.ismethod(function) and function.__self__ is module:
-        return function.__func__.__get__(traced)
-    return function
+    """The function, bound to the copy if it is the module's method, in a form whose source lines the exporter records."""
+    if inspect.ismethod(function):
+        owner = traced if function.__self__ is module else function.__self__
+        return _called_forward(function.__func__).__get__(owner)
+    return _called_forward(function)
+
+
+def _called_forward(function: Any) -> Any:
+    """The same function under the code name ``forward``: the exporter keeps stack frames of that name only."""
+    if not inspect.isfunction(function) or function.__code__.co_name == "forward":
+        return function
+    code = function.__code__.replace(co_name="forward")
+    same = types.FunctionType(code, function.__globals__, "forward", function.__defaults__, function.__closure__)
+    same.__kwdefaults__ = function.__kwdefaults__
+    return functools.wraps(function)(same)
 
 
 def _flat_forward(call: Callable[..., Any], bound: Call, results: list[Any]) -> Callable[..., Any]:
@@ -174,17 +198,24 @@ def _flat_forward(call: Callable[..., Any], bound: Call, results: list[Any]) -> 
     return forward
 
 
-def _export(module: nn.Module, tensors: tuple[torch.Tensor, ...], spec: ShapeSpec, names: Sequence[str]) -> ExportedProgram:
-    """``torch.export`` with its failures told in one clear error."""
-    dims = spec.torch_dims(names)
+def _export(
+    module: nn.Module, tensors: tuple[torch.Tensor, ...], spec: ShapeSpec, names: Sequence[str]
+) -> tuple[ExportedProgram, ShapeSpec]:
+    """``torch.export`` with its failures told in one clear error; also the spec with equal dimensions unified."""
     try:
         try:
-            return _torch_export(module, tensors, dims, defer=False)
+            return _torch_export(module, tensors, spec.torch_dims(names), defer=False), spec
         except torch._dynamo.exc.UserError as error:
-            if "Constraints violated" not in str(error) or "satisfy the generated guard" not in str(error):
+            if "Constraints violated" not in str(error):
                 raise
-            # Some sizes in the ranges break an assumption (a view that needs a multiple of 4, say): let the runtime check it.
-            return _torch_export(module, tensors, dims, defer=True)
+            equal = _equal_symbols(str(error), spec)
+            for symbol, other in equal:
+                spec = spec.unified(symbol, other)
+            # Sizes in the ranges may break an assumption (a view that needs a multiple of 4): let the runtime check it.
+            defer = not equal and "satisfy the generated guard" in str(error)
+            if not equal and not defer:
+                raise
+            return _torch_export(module, tensors, spec.torch_dims(names), defer=defer), spec
     except TilewrightError:
         raise
     except torch._dynamo.exc.UserError as error:
@@ -220,8 +251,15 @@ def _explained(error: Exception, spec: ShapeSpec) -> TilewrightError:
     reasons = [_plain_reason(line.strip(" -")) for line in body.splitlines() if line.startswith("  - ")]
     advice = "; ".join(_in_our_language(fixes, spec))
     return UsageError(
-        f"the model does not work for every declared size: {' '.join(dict.fromkeys(reasons))}" + (f" Declare {advice}." if advice else "")
+        f"the model does not work for every declared size: {' '.join(dict.fromkeys(reasons))}"
+        + (f" Declare {advice}." if advice else "")
     )
+
+
+def _equal_symbols(message: str, spec: ShapeSpec) -> list[tuple[str, str]]:
+    """Pairs of the user's symbols that torch found to be always equal."""
+    pairs = re.findall(r"^\s*(\w+) = (\w+)\s*$", message.partition("Suggested fixes:")[2], flags=re.MULTILINE)
+    return [(root, symbol) for symbol, root in pairs if symbol in spec.ranges and root in spec.ranges]
 
 
 def _plain_reason(text: str) -> str:
@@ -257,7 +295,7 @@ def _user_line(error: BaseException) -> str:
     raised = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
     frames = [(frame.filename, frame.lineno, frame.line) for frame in traceback.extract_tb(error.__traceback__)]
     frames += [(filename, int(line), "") for filename, line in raised]
-    own = [frame for frame in frames if not re.search(r"[/\\](torch|tilewright|compiler)[/\\]|<", frame[0])]
+    own = [frame for frame in frames if is_users(frame[0])]
     if not own:
         return ""
     filename, number, line = own[-1]

@@ -126,8 +126,7 @@ def _relations(node: ast.expr, size: SizeOf) -> list[sympy.Basic]:
     if isinstance(node, ast.Compare):
         sides = [_expression(side, size) for side in (node.left, *node.comparators)]
         return [
-            _COMPARE[type(op)](left, right)
-            for op, left, right in zip(node.ops, sides[:-1], sides[1:], strict=True)
+            _COMPARE[type(op)](left, right) for op, left, right in zip(node.ops, sides[:-1], sides[1:], strict=True)
         ]
     raise KeyError(ast.unparse(node))
 

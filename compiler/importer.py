@@ -11,6 +11,7 @@ import keyword
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -30,6 +31,9 @@ from .structure import describe
 from .symbols import name_symbols
 
 Identity = tuple[Any, ...]
+_FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+# The frame of the wrapper that capturing adds: two lines at the start of a stack trace.
+_OWN_FRAME = re.compile(r'\A\s*File "' + re.escape(_FOREIGN[1]) + r'[^"]*", line .*\n(?:    .*\n?)?')
 _KEPT_META = ("val", "stack_trace", "nn_module_stack", "torch_fn", "custom", "onnx_node")
 _ASSERTIONS = ("aten::_assert_scalar", "aten::_assert_tensor_metadata", "aten::_assert_async")
 
@@ -45,7 +49,10 @@ def identity(tensor: torch.Tensor, name: str) -> Identity:
 def weight_names(module: torch.nn.Module) -> dict[Identity, str]:
     """Every parameter and buffer of a module → its first dotted name, so that tied weights have one name."""
     names: dict[Identity, str] = {}
-    for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
+    for name, tensor in (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ):
         names.setdefault(identity(tensor, name), name)
     return names
 
@@ -78,7 +85,7 @@ def from_exported(
         UnsupportedOperator: sizes that depend on data, control flow, or inputs that are no tensors.
         UsageError: a dynamic axis without an upper bound, or declared shapes that do not fit the program.
     """
-    names = list(input_names) if input_names is not None else _input_names(exported)
+    names = list(input_names) if input_names is not None else input_names_of(exported)
     _refuse_training(exported.graph)
     codes = list(getattr(exported, "_guards_code", ()))
     if sample is None and exported.example_inputs is not None:
@@ -221,7 +228,9 @@ class _Import:
         if tensor is None:
             tensor = exported.constants.get(spec.target)
         if not isinstance(tensor, torch.Tensor):
-            raise UnsupportedOperator(f"the program's constant {spec.target!r} is no tensor but a {type(tensor).__name__}")
+            raise UnsupportedOperator(
+                f"the program's constant {spec.target!r} is no tensor but a {type(tensor).__name__}"
+            )
         if tensor.device.type != "cpu":
             raise SourceError(f"the weight {spec.target!r} is on {tensor.device}: load the model's weights on the CPU")
         return tensor.detach()
@@ -231,7 +240,9 @@ class _Import:
         known = self.weights.get(identity(tensor, spec.target))
         if known is not None:
             return known
-        if spec.kind is InputKind.CONSTANT_TENSOR and re.fullmatch(r"lifted_tensor_\d+|_tensor_constant\d+", spec.target):
+        if spec.kind is InputKind.CONSTANT_TENSOR and re.fullmatch(
+            r"lifted_tensor_\d+|_tensor_constant\d+", spec.target
+        ):
             return f"{self.name}.{spec.target}"
         return spec.target
 
@@ -247,6 +258,8 @@ class _Import:
         new.meta = {key: old.meta[key] for key in _KEPT_META if key in old.meta}
         if source is not None:
             new.meta["source"] = source
+        if "stack_trace" in new.meta:
+            new.meta["stack_trace"] = _OWN_FRAME.sub("", new.meta["stack_trace"] or "").lstrip()
         value = new.meta.get("val")
         if isinstance(value, torch.Tensor) and value.requires_grad:
             with value.fake_mode:  # type: ignore[attr-defined]
@@ -266,10 +279,15 @@ def where(node: fx.Node) -> str:
     if path:
         text += f" in {path[-1]}"
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if not re.search(r"[/\\]torch[/\\]", frame[0])] or frames
+    own = [frame for frame in frames if is_users(frame[0])] or frames
     if own:
         text += f", {short_path(own[-1][0])}:{own[-1][1]}"
     return text
+
+
+def is_users(filename: str) -> bool:
+    """Whether a source file belongs neither to PyTorch nor to this compiler."""
+    return not filename.startswith(_FOREIGN) and not filename.startswith("<")
 
 
 def short_path(filename: str) -> str:
@@ -300,7 +318,7 @@ def _input_placeholders(exported: ExportedProgram) -> list[fx.Node]:
     return tensors
 
 
-def _input_names(exported: ExportedProgram) -> list[str]:
+def input_names_of(exported: ExportedProgram) -> list[str]:
     """Dotted names of the tensor inputs by the program's own structure, as :func:`structure.bind` would give."""
     spec = exported.module_call_graph[0].signature.in_spec
     count = spec.num_leaves
@@ -368,7 +386,9 @@ def _assertions(graph: fx.Graph) -> list[sympy.Basic]:
         if isinstance(condition, torch.SymBool):
             conditions.append(condition.node.expr)
         elif isinstance(condition, torch.Tensor):
-            raise UnsupportedOperator(f"{where(node)}: the program checks a tensor's value at run time; remove the check")
+            raise UnsupportedOperator(
+                f"{where(node)}: the program checks a tensor's value at run time; remove the check"
+            )
     return conditions
 
 

@@ -100,7 +100,9 @@ class ShapeSpec:
                 value, rest = divmod(size, axis.factor)
                 low, high = self.ranges[axis.symbol]
                 if rest:
-                    raise UsageError(f"{where} is declared as a multiple of {axis.factor}, but the sample's size is {size}")
+                    raise UsageError(
+                        f"{where} is declared as a multiple of {axis.factor}, but the sample's size is {size}"
+                    )
                 if values.setdefault(axis.symbol, value) != value:
                     raise UsageError(
                         f"{axis.symbol!r} is {values[axis.symbol]} at {origin[axis.symbol]}, but {value} at {where}; "
@@ -129,7 +131,9 @@ class ShapeSpec:
             if value == 0:
                 raise UsageError(f"a sample has size 0 along {symbol!r}; give one of size 2 or more")
             if high < 2:
-                raise UsageError(f"{symbol!r} ranges over {low}..{high}; write a fixed size, or let it reach at least 2")
+                raise UsageError(
+                    f"{symbol!r} ranges over {low}..{high}; write a fixed size, or let it reach at least 2"
+                )
             values[symbol] = max(value, low, 2)
         return self.resize(samples, values)
 
@@ -171,6 +175,25 @@ class ShapeSpec:
                     axes[index] = dims[axis.symbol] if axis.factor == 1 else axis.factor * dims[axis.symbol]
             spec.append(axes)
         return tuple(spec)
+
+    def unified(self, symbol: str, other: str) -> ShapeSpec:
+        """The spec with one symbol in place of two; its range is what both allow.
+
+        Raises:
+            UsageError: the ranges have no size in common.
+        """
+        (low, high), (other_low, other_high) = self.ranges[symbol], self.ranges[other]
+        low, high = max(low, other_low), min(high, other_high)
+        if low > high:
+            raise UsageError(f"{symbol!r} and {other!r} are always equal in the model, but their ranges share no size")
+        inputs: dict[str, tuple[Axis, ...]] = {
+            name: tuple(
+                Symbolic(symbol, axis.factor) if isinstance(axis, Symbolic) and axis.symbol == other else axis
+                for axis in axes
+            )
+            for name, axes in self.inputs.items()
+        }
+        return ShapeSpec(inputs, {key: bounds for key, bounds in {**self.ranges, symbol: (low, high)}.items() if key != other})
 
     def override(self, other: ShapeSpec) -> ShapeSpec:
         """This spec as a default under another one: the other's inputs and ranges win."""
@@ -264,7 +287,9 @@ def from_torch(dynamic: Mapping[str, Any], samples: Mapping[str, torch.Tensor]) 
         if bad := [axis for axis in by_axis if not -len(shape) <= axis < len(shape)]:
             raise UsageError(f"input {name!r} has {len(shape)} axes; dynamic_shapes names axis {bad[0]}")
         by_axis = {axis % len(shape): dim for axis, dim in by_axis.items()}
-        axes = [_torch_axis(by_axis.get(axis), int(size), f"{name}_dim{axis}", ranges) for axis, size in enumerate(shape)]
+        axes = [
+            _torch_axis(by_axis.get(axis), int(size), f"{name}_dim{axis}", ranges) for axis, size in enumerate(shape)
+        ]
         if any(isinstance(axis, Symbolic) for axis in axes):
             inputs[name] = tuple(axes)
     return _without_constants(ShapeSpec(inputs, ranges))
@@ -284,7 +309,9 @@ def check_symbol(name: str) -> None:
     if not name.isidentifier() or not name.isascii() or keyword.iskeyword(name):
         raise UsageError(f"{name!r} is no name for a dimension: use letters, digits and _, such as 'batch'")
     if _TORCH_NAME.fullmatch(name):
-        raise UsageError(f"the dimension name {name!r} is reserved (torch names its own symbols so): use a word, such as 'batch'")
+        raise UsageError(
+            f"the dimension name {name!r} is reserved (torch names its own symbols so): use a word, such as 'batch'"
+        )
 
 
 def _parse_entry(entry: str, name: str, text: str) -> tuple[Axis, Range | None]:
@@ -329,7 +356,9 @@ def _torch_axis(dim: Any, size: int, default_name: str, ranges: dict[str, Range]
         root = dim.root
         factor = dim.fn(1) - dim.fn(0)
         if dim.fn(0) != 0 or factor < 1:
-            raise UsageError(f"the dimension {dim.__name__!r} is no multiple of {root.__name__!r}; only those are supported")
+            raise UsageError(
+                f"the dimension {dim.__name__!r} is no multiple of {root.__name__!r}; only those are supported"
+            )
     name = getattr(root, "__name__", None)
     if name is None:  # Dim.AUTO and Dim.DYNAMIC are hints without a name, possibly with bounds.
         if getattr(getattr(dim, "type", None), "name", "") == "STATIC":

@@ -164,7 +164,9 @@ def _take(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {key: _take(item, f"{name}.{key}", tensors) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [field.name for field in dataclasses.fields(value) if field.init]
-        return dataclasses.replace(value, **{key: _take(getattr(value, key), f"{name}.{key}", tensors) for key in fields})
+        return dataclasses.replace(
+            value, **{key: _take(getattr(value, key), f"{name}.{key}", tensors) for key in fields}
+        )
     return value
 
 

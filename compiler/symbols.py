@@ -128,7 +128,9 @@ def _declare(
         raise UsageError(f"{place} is declared as {axis}, but the program takes sizes of the form {step} there")
 
 
-def _exported_range(symbol: sympy.Symbol, constraints: Mapping[sympy.Expr, Any], env: ShapeEnv | None) -> tuple[int, int]:
+def _exported_range(
+    symbol: sympy.Symbol, constraints: Mapping[sympy.Expr, Any], env: ShapeEnv | None
+) -> tuple[int, int]:
     """The bounds that the exporter kept."""
     bounds = constraints.get(symbol)
     if bounds is None and env is not None:

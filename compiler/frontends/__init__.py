@@ -19,6 +19,7 @@ class Loaded:
         kwargs: example keyword arguments.
         shapes: default dynamic shapes: input name → dimension language; None if nothing is dynamic.
         made_up: whether the examples were made up by the frontend, so that they may be resized to fit other shapes.
+        input_names: names of the tensor inputs, where the module's parameters do not name them.
         alike: inputs that have the same dimensions by construction: shapes given for one hold for the others.
     """
 
@@ -27,4 +28,5 @@ class Loaded:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     shapes: Any = None
     made_up: bool = True
+    input_names: tuple[str, ...] | None = None
     alike: tuple[str, ...] = ()

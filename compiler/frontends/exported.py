@@ -71,7 +71,9 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
                 member = f"{folder}/{payload.get('path_name')}"
                 if payload.get("use_pickle"):
                     if not str(payload.get("path_name")).startswith(("weight_", "tensor_")):
-                        raise SourceError(f"{path}: the constant {entry!r} is no tensor but an object, which is not loaded")
+                        raise SourceError(
+                            f"{path}: the constant {entry!r} is no tensor but an object, which is not loaded"
+                        )
                     if member in members:
                         _check_pickle(path, entry, archive.read(members[member]))
 

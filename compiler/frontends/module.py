@@ -69,7 +69,9 @@ def _loaded(made: Any, text: str) -> Loaded:
         raise SourceError(f"{text} returned a {type(made).__name__}; it must return {_FORMS}")
     module, args, kwargs, shapes = (*made, *((), {}, None)[len(made) - 1 :])
     if not isinstance(args, tuple | list):
-        raise SourceError(f"{text}: the sample args are a {type(args).__name__}; put them in a tuple, as in (module, (x,))")
+        raise SourceError(
+            f"{text}: the sample args are a {type(args).__name__}; put them in a tuple, as in (module, (x,))"
+        )
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise SourceError(f"{text}: the sample kwargs are a {type(kwargs).__name__}, not a dict")
     return Loaded(module, args, kwargs or {}, shapes, made_up=False)

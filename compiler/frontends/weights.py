@@ -38,7 +38,9 @@ def check_weight_files(folder: Path) -> dict[str, tuple[int, ...]]:
     if single.is_file():
         return read_header(single)
     if not index.is_file():
-        pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
+        pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(
+            path.name for path in folder.glob("*.pt*")
+        )
         if pickled:
             raise SourceError(
                 f"{folder} has its weights only as {pickled[0]}, a pickle, which could run code; convert it once with "
@@ -95,7 +97,9 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
                 shapes[name] = shape
                 end = max(end, last)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{path} is damaged: its header cannot be read ({type(error).__name__}: {error})") from error
+            raise ArtifactError(
+                f"{path} is damaged: its header cannot be read ({type(error).__name__}: {error})"
+            ) from error
     if 8 + length + end != size:
         state = "truncated" if 8 + length + end > size else "longer than its header says"
         raise ArtifactError(f"{path} is {state}: its tensors need {8 + length + end} bytes, the file has {size}")

@@ -1,0 +1,48 @@
+"""From a grouping to a graph of regions: nodes put in order, groups moved into nested graphs, names from what they do."""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx
+
+from ..base import Report
+from ..graph.program import Program
+from ..graph.regions import Region, outline
+from ..graph.roles import Roles
+from .grouping import Grouping
+from .operators import operator_name, part
+
+_WORDS = {"scaled_dot_product_attention": "attention", "to_copy": "cast", "convert_element_type": "cast"}
+_LONGEST = 6  # words in a name
+
+
+def outline_regions(program: Program, grouping: Grouping, roles: Roles, report: Report) -> None:
+    """Bring the graph into the grouping's order and make a region of every group."""
+    vertices = grouping.vertices()
+    members = {vertex: grouping.members(vertex) for vertex in vertices}
+    end = program.graph.output_node()
+    for vertex in vertices:
+        for node in members[vertex]:
+            end.prepend(node)
+    for vertex in vertices:
+        if vertex.family:
+            name = region_name(members[vertex], roles)
+            listed = ", ".join(f"%{node}" for node in members[vertex])
+            call = outline(program.module, members[vertex], Region("kernel", vertex.family), name)
+            report.change(call, f"one {vertex.family} kernel computes {listed}")
+
+
+def region_name(nodes: list[fx.Node], roles: Roles) -> str:
+    """The operators in order, views only where there is nothing else: ``linear_gelu``, ``add_layer_norm``."""
+    working = [node for node in nodes if part(node, roles) not in ("view", "item")]
+    words: list[str] = []
+    for node in working or nodes:
+        word = operator_name(node).strip("_")
+        word = re.sub(r"\W+", "_", _WORDS.get(word, word))
+        if word != "getitem" and (not words or words[-1] != word):
+            words.append(word)
+    more = ["more"] if len(words) > _LONGEST else []
+    return "_".join([*words[:_LONGEST], *more]) or "view"
+
+

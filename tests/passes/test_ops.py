@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from tilewright.passes.graph.ops import ROTARY_EMBEDDING
 
 

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from tilewright.passes.recognise_attention import RecogniseAttention
 from torch import nn
 from torch.nn import functional as F
+
+from tilewright.passes.recognise_attention import RecogniseAttention
 
 INF = float("-inf")
 LOWEST = torch.finfo(torch.float32).min

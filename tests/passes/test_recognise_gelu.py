@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from tilewright.passes.recognise_gelu import RecogniseGelu
 from torch import nn
+
+from tilewright.passes.recognise_gelu import RecogniseGelu
 
 
 class Written(nn.Module):

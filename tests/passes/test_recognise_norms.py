@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+
 from tilewright.passes.recognise_layer_norm import RecogniseLayerNorm
 from tilewright.passes.recognise_rms_norm import RecogniseRmsNorm
-from torch import nn
 
 
 class Written(nn.Module):

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import nn
+
 from tilewright.passes.graph.columns import columns
 from tilewright.passes.recognise_rotary import RecogniseRotary
-from torch import nn
 
 
 class Written(nn.Module):

@@ -44,6 +44,9 @@ _BITWISE: dict[Any, Any] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+    aten.__and__.Scalar: aten.bitwise_and.Scalar,
+    aten.__or__.Scalar: aten.bitwise_or.Scalar,
+    aten.__xor__.Scalar: aten.bitwise_xor.Scalar,
 }
 
 
@@ -223,11 +226,12 @@ def _bitwise(node: fx.Node) -> Rewrite:
     """One form of ``&``, ``|`` and ``^``; True and False that change nothing are gone."""
     left, right = node.args[:2]
     target = _BITWISE.get(node.target, node.target)  # type: ignore[arg-type]
-    if target is not aten.bitwise_xor.Tensor:
+    if target not in (aten.bitwise_xor.Tensor, aten.bitwise_xor.Scalar):
+        neutral = target in (aten.bitwise_and.Tensor, aten.bitwise_and.Scalar)
         for value, other in ((left, right), (right, left)):
             truth = scalar_of(other.args[1]) if is_call(other, aten.full.default) else scalar_of(other)  # type: ignore[union-attr]
             plain = isinstance(value, fx.Node) and same_type(value.meta["val"], node.meta["val"])
-            if plain and node.meta["val"].dtype == torch.bool and truth == (target is aten.bitwise_and.Tensor):
+            if plain and node.meta["val"].dtype == torch.bool and truth is not None and bool(truth) is neutral:
                 return value, f"neutral element {bool(truth)}"  # type: ignore[return-value]
     return None if target is node.target else _kept(node, target, (left, right), "as a bitwise operator")
 

@@ -111,7 +111,9 @@ def _scale_and_shift(node: fx.Node) -> fx.Node:
     x = node.args[0]
     assert isinstance(x, fx.Node)
     channels = [int(tensor_shape(scale)[0]), *[1] * (len(tensor_shape(x)) - 2)]
-    value = emit.cast(x, wide(dtype_of(node)))
-    value = emit(aten.mul.Tensor, value, emit.reshape(scale, channels))
-    value = emit(aten.add.Tensor, value, emit.reshape(shift, channels))
+    scale, shift = emit.reshape(scale, channels), emit.reshape(shift, channels)
+    scale._rename(f"{node.name}_scale")
+    shift._rename(f"{node.name}_shift")
+    value = emit(aten.mul.Tensor, emit.cast(x, wide(dtype_of(node))), scale)
+    value = emit(aten.add.Tensor, value, shift)
     return emit.cast(value, dtype_of(node))

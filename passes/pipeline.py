@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .base import Pass
 from .canonicalize import Canonicalize
 from .eliminate_common_subexpressions import EliminateCommonSubexpressions
@@ -12,13 +10,17 @@ from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .fold_scales import FoldScales
 from .fold_transposes import FoldTransposes
+from .fuse_operators import FuseOperators
+from .fuse_projections import FuseProjections
+from .graph.roles import Roles
+from .recognise_attention import RecogniseAttention
 from .recognise_gelu import RecogniseGelu
 from .recognise_layer_norm import RecogniseLayerNorm
 from .recognise_rms_norm import RecogniseRmsNorm
 from .recognise_rotary import RecogniseRotary
 
 
-def pipeline(roles: Any) -> list[Pass]:
+def pipeline(roles: Roles) -> list[Pass]:
     """The passes from a captured program to one that lowering takes.
 
     Args:
@@ -34,19 +36,26 @@ def pipeline(roles: Any) -> list[Pass]:
         EliminateCommonSubexpressions(),
         # The leftovers of the above, which would count as users of what they read.
         EliminateDeadCode(),
-        # What was written out by hand, small things first: attention may contain rotary embeddings and norms.
+        # What was written out by hand, from the inside out: attention contains rotary embeddings, which may follow norms.
         RecogniseRmsNorm(),
         RecogniseLayerNorm(),
         RecogniseGelu(),
         RecogniseRotary(),
-        # Batch norms become weights before scales do, since they leave factors and terms behind where they cannot.
+        RecogniseAttention(),
+        # Batch norms before scales: where they cannot go into a product they leave factors and terms behind.
         FoldBatchNorm(),
-        # After attention has taken its scale, which costs nothing there.
+        # After attention has taken its scale, which costs nothing there, and before weights are joined.
         FoldScales(),
         # Permutations cancel once the norms between them are factors and terms.
         FoldTransposes(),
-        # All arithmetic on weights is done: compute small results, make regions of large ones.
+        # Weights have their final values, and nothing after this looks at single projections.
+        FuseProjections(),
+        # Recognising and joining leave views of views, and the same mask or slice once per layer.
+        Canonicalize(),
+        EliminateCommonSubexpressions(),
+        # All arithmetic on weights is written: compute small results, make regions of large ones.
         FoldConstants(),
-        # What the recognised and folded leave behind.
         EliminateDeadCode(),
+        # Everything is in its final form: group it into kernels.
+        FuseOperators(roles),
     ]

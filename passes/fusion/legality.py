@@ -64,7 +64,7 @@ def takes_view(vertex: Vertex, node: fx.Node, constant: bool, roles: Roles) -> s
         mask = anchor.family == "attention" and _is_mask(use.user, use.operand)
         if not mask and not set(positions) <= set(anchor.data):
             return f"{use.user} reads its operand {positions[0] if positions else ''} as it lies in memory".replace("  ", " ")
-        if constant and not mask:
+        if constant and anchor.family != "attention":
             return f"{use.user} packs the constant when the artifact is written"
         if anchor.family == "convolution" and int(tensor_shape(use.operand)[1]) >= roles.lanes:
             return f"{use.user} reads blocks of channels"

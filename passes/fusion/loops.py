@@ -60,7 +60,7 @@ class LoopFusion:
     def _view(self, node: fx.Node) -> None:
         """Every reader gets a view of its own; if one cannot, or there are others, all read a copy in memory."""
         regions, stored = self._readers(node)
-        constant = has_constant_root(node)
+        constant = has_constant_root(node, self.roles)
         for region in regions:
             reason = takes_view(region, node, constant, self.roles)
             if reason is not None:

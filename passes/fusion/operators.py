@@ -179,8 +179,10 @@ def is_row_of(small: Any, large: Any) -> bool:
     return len(small) == len(large) > 0 and same_size(small[-1], 1) and same_shape(small[:-1], large[:-1])
 
 
-def has_constant_root(node: fx.Node) -> bool:
-    """Whether a value is a constant seen through views that nobody has folded."""
-    while node.op == "call_function" and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node.op == "get_attr" or is_region(node, "constant")
+def has_constant_root(node: fx.Node, roles: Roles) -> bool:
+    """Whether a view is one of a constant, which nobody has folded."""
+    while part(node, roles) == "view":
+        operand = node.args[0]
+        assert isinstance(operand, fx.Node)
+        node = operand
+    return part(node, roles) == "leaf" and node.op != "placeholder"

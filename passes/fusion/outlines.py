@@ -25,9 +25,12 @@ def outline_regions(program: Program, grouping: Grouping, roles: Roles, report: 
     for vertex in vertices:
         for node in members[vertex]:
             end.prepend(node)
+    used: dict[str, int] = {}
     for vertex in vertices:
         if vertex.family:
             name = region_name(members[vertex], roles)
+            used[name] = used.get(name, -1) + 1
+            name += f"_{used[name]}" if used[name] else ""
             listed = ", ".join(f"%{node}" for node in members[vertex])
             call = outline(program.module, members[vertex], Region("kernel", vertex.family), name)
             report.change(call, f"one {vertex.family} kernel computes {listed}")

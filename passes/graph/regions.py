@@ -79,8 +79,7 @@ def outline(module: fx.GraphModule, nodes: Sequence[fx.Node], region: Region, na
 
     target = _unique_name(module, name)
     module.add_submodule(target, fx.GraphModule(module, nested))
-    after = _last(graph, nodes)
-    with graph.inserting_after(after):
+    with graph.inserting_after(max(nodes)):
         call = graph.call_module(target, tuple(operands))
     call.meta["region"] = region
     inherit(call, nodes)
@@ -106,15 +105,6 @@ def _redirect(old: fx.Node, new: fx.Node, inside: set[fx.Node]) -> None:
     for user in list(old.users):
         if user not in inside:
             user.replace_input_with(old, new)
-
-
-def _last(graph: fx.Graph, nodes: Sequence[fx.Node]) -> fx.Node:
-    wanted = set(nodes)
-    last = nodes[0]
-    for node in graph.nodes:
-        if node in wanted:
-            last = node
-    return last
 
 
 def _unique_name(module: fx.GraphModule, name: str) -> str:

@@ -56,7 +56,7 @@ ZIG_TARGETS = {
     "v4": ["-mcpu=x86_64_v4+avx512vnni+avx512bf16", "-mprefer-vector-width=512"],
 }
 NEEDS = {"v3": {"avx2", "fma"}, "v4": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}}
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
+SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 SANITIZED = "TILEWRIGHT_TEST_SANITIZE"
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+
 from tilewright.codegen.packing import (
     block_channels,
     can_convolve_blocked,

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from tilewright.codegen.packing import block_channels, can_convolve_depthwise, depthwise_units, pack_depthwise
 
 POINTERS = "const float *restrict x = buf[0]; const float *restrict w = buf[1]; float *restrict y = buf[2];"

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from tilewright.codegen.packing import matmul_units, pack_matmul
 
 POINTERS = "const float *restrict x = buf[0]; const float *restrict w = buf[1]; float *restrict y = buf[2];"

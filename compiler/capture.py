@@ -1,8 +1,9 @@
 """From a PyTorch module and example arguments to a :class:`Program`.
 
-The module is traced by ``torch.export`` through a shallow copy whose ``forward`` takes the tensors of the arguments one by
-one and returns the tensors of the result as a flat tuple. So nested arguments, plain values, dataclasses and model outputs
-need no registration anywhere, several entry points share one module, and weights keep their names and their memory.
+The module is traced by ``torch.export`` through a shallow copy whose ``forward`` takes the tensors of the arguments
+one by one and returns the tensors of the result as a flat tuple. So nested arguments, plain values, dataclasses and
+model outputs need no registration anywhere, several entry points share one module, and weights keep their names and
+their memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..passes.graph.program import Program
 from ..runtime.errors import SourceError, TilewrightError, UnsupportedOperator, UsageError
-from .importer import flat_identifier, from_exported, is_users, short_path, weight_names
+from .importer import flat_identifier, from_exported, weight_names
+from .refusals import is_users, short_path
 from .shapes import ShapeSpec, from_torch, is_dimension_language, parse_shapes
 from .structure import Call, bind, describe
 
@@ -68,8 +70,8 @@ def capture(
         bound = replace(bound, tensors=dict(zip(input_names, bound.tensors.values(), strict=True)))
     if not bound.tensors:
         raise UsageError(
-            f"the entry point {name!r} has no tensor among its sample arguments; give example inputs (args=, kwargs= or "
-            f"--inputs sample.npz)"
+            f"the entry point {name!r} has no tensor among its sample arguments; give example inputs (args=, kwargs= "
+            f"or --inputs sample.npz)"
         )
     spec = shape_spec(shapes, bound)
     tensors = spec.fit(bound.tensors) if made_up else bound.tensors
@@ -107,8 +109,8 @@ def shape_spec(shapes: Any, bound: Call) -> ShapeSpec:
 def _check_ready(module: nn.Module) -> None:
     if module.training:
         raise SourceError(
-            f"the {type(module).__name__} is in training mode, where dropout and batch norm differ from inference; call "
-            f"module.eval() before compiling"
+            f"the {type(module).__name__} is in training mode, where dropout and batch norm differ from inference; "
+            f"call module.eval() before compiling"
         )
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.device.type == "meta":
@@ -122,7 +124,8 @@ def _check_ready(module: nn.Module) -> None:
 def _entry(module: nn.Module, function: str | Callable[..., Any]) -> tuple[Callable[..., Any], nn.Module]:
     """The function to call, bound to a shallow copy of the module (sharing weights), and that copy."""
     traced = copy.copy(module)
-    # The copy's forward takes flat tensors, which the module's own hooks do not expect; they run around its real forward.
+    # The copy's forward takes flat tensors, which the module's own hooks do not expect; they run around its real
+    # forward.
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         setattr(traced, hooks, OrderedDict())
     if function == "forward":
@@ -155,7 +158,7 @@ def _with_signature(call: Callable[..., Any], of: Callable[..., Any]) -> Callabl
 
 
 def _rebound(function: Callable[..., Any], module: nn.Module, traced: nn.Module) -> Callable[..., Any]:
-    """The function, bound to the copy if it is the module's method, in a form whose source lines the exporter records."""
+    """The function, bound to the copy if it is the module's method, so that the exporter records its source lines."""
     if inspect.ismethod(function):
         owner = traced if function.__self__ is module else function.__self__
         return _called_forward(function.__func__).__get__(owner)
@@ -222,8 +225,8 @@ def _export(
         raise _explained(error, spec) from error
     except GuardOnDataDependentSymNode as error:
         raise UnsupportedOperator(
-            f"the model decides on a value inside a tensor{_user_line(error)}; compiled code cannot: use torch.where, or "
-            f"make the decision outside the model"
+            f"the model decides on a value inside a tensor{_user_line(error)}; compiled code cannot: use torch.where, "
+            f"or make the decision outside the model"
         ) from error
     except Exception as error:
         message = str(error).split("\n\nThe error above occurred")[0].strip() or type(error).__name__
@@ -239,7 +242,7 @@ def _torch_export(module: nn.Module, tensors: tuple[torch.Tensor, ...], dims: An
 
 
 def _explained(error: Exception, spec: ShapeSpec) -> TilewrightError:
-    """torch's constraint violation in terms of the dimension language."""
+    """The exporter's constraint violation in terms of the dimension language."""
     message = str(error)
     if "Constraints violated" not in message:
         first = message.strip().splitlines()[0]

@@ -1,9 +1,9 @@
 """What the exporter assumed about sizes, as relations that the runtime can check.
 
 ``torch.export`` records assumptions in two forms: text over the inputs' sizes (``L['x'].size()[0] % 8 == 0``) and
-``_assert_scalar`` nodes. Both become sympy relations over the program's symbols. Most are implied by the symbols' ranges,
-or only say that a size is not 0 or 1 (the exporter traces with sizes of 2 and more, yet its operators hold for 1 as well);
-these are dropped. The rest is kept: a size that violates one would get a graph made for another.
+``_assert_scalar`` nodes. Both become sympy relations over the program's symbols. Most are implied by the symbols'
+ranges, or only say that a size is not 0 or 1 (the exporter traces with sizes of 2 and more, yet its operators hold for
+1 as well); these are dropped. The rest is kept: a size that violates one would get a graph made for another.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From an ``ExportedProgram`` to a :class:`Program`: the one way into the compiler that all sources share.
 
-The lifted graph is copied into the order that ``passes/graph/program.py`` describes: inputs, states, constants. Symbols get
-the names users see, the exporter's assertions leave the graph and become guards, and what cannot be compiled (training
-mode, mutated inputs, sizes that depend on data, control flow) is refused here, before any pass runs.
+The lifted graph is copied into the order that ``passes/graph/program.py`` describes: inputs, states, constants.
+Symbols get the names users see, the exporter's assertions leave the graph and become guards, and what cannot be
+compiled (training mode, mutated inputs, sizes that depend on data, control flow) is refused here, before any pass runs.
 """
 
 from __future__ import annotations
@@ -19,23 +19,29 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from ..passes.graph.edit import unique_attribute
 from ..passes.graph.program import Input, Program, State
 from ..runtime.errors import SourceError, UnsupportedOperator
 from .guards import essential, parse_guard
+from .refusals import (
+    asserted_conditions,
+    check_output,
+    is_assertion,
+    refuse_training,
+    refuse_unsupported,
+    where,
+)
 from .shapes import ShapeSpec
 from .structure import describe
 from .symbols import name_symbols
 
 Identity = tuple[Any, ...]
-_FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 # The frame of the wrapper that capturing adds: two lines at the start of a stack trace.
-_OWN_FRAME = re.compile(r'\A\s*File "' + re.escape(_FOREIGN[1]) + r'[^"]*", line .*\n(?:    .*\n?)?')
+_OWN_FRAME = re.compile(r'\A\s*File "' + re.escape(str(Path(__file__).parent)) + r'[^"]*", line .*\n(?:    .*\n?)?')
 _KEPT_META = ("val", "stack_trace", "nn_module_stack", "torch_fn", "custom", "onnx_node")
-_ASSERTIONS = ("aten::_assert_scalar", "aten::_assert_tensor_metadata", "aten::_assert_async")
 
 
 def identity(tensor: torch.Tensor, name: str) -> Identity:
@@ -86,7 +92,7 @@ def from_exported(
         UsageError: a dynamic axis without an upper bound, or declared shapes that do not fit the program.
     """
     names = list(input_names) if input_names is not None else input_names_of(exported)
-    _refuse_training(exported.graph)
+    refuse_training(exported.graph)
     codes = list(getattr(exported, "_guards_code", ()))
     if sample is None and exported.example_inputs is not None:
         args, kwargs = exported.example_inputs
@@ -96,13 +102,13 @@ def from_exported(
         results = _result_tree(exported)
     with torch.no_grad():
         exported = exported.run_decompositions({})
-    _refuse_unsupported(exported)
+    refuse_unsupported(exported)
     placeholders = _input_placeholders(exported)
     values = [node.meta["val"] for node in placeholders]
     symbols = name_symbols(
         _shape_env(values), dict(zip(names, values, strict=True)), exported.range_constraints, shapes, strict_ranges
     )
-    assumed = _assertions(exported.graph)
+    assumed = asserted_conditions(exported.graph)
     paths = {_flat_name(node.name): node.meta["val"] for node in placeholders}
     for code in codes:
         assumed.extend(parse_guard(code, lambda path, axis: _size_of(paths, path, axis)))
@@ -157,7 +163,7 @@ class _Import:
             if spec.kind in _WEIGHTS and spec.target not in mutated and nodes[spec.arg.name].users:
                 self._constant(spec, nodes[spec.arg.name])
         for node in self.exported.graph.nodes:
-            if node.op == "call_function" and not _is_assertion(node):
+            if node.op == "call_function" and not is_assertion(node):
                 self._copy(node)
             elif node.op not in ("placeholder", "output", "call_function"):
                 raise UnsupportedOperator(f"{where(node)}: cannot compile a {node.op} node")
@@ -195,7 +201,7 @@ class _Import:
                     return {"constant": old}
                 node = by_name[old.name]
                 if node not in outputs:
-                    _check_output(node)
+                    check_output(node)
                     outputs.append(node)
                 return {"leaf": outputs.index(node)}
             if kind == "dict":
@@ -271,30 +277,6 @@ _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _MUTATIONS = tuple(kind for kind in OutputKind if kind.name in ("BUFFER_MUTATION", "PARAMETER_MUTATION"))
 
 
-def where(node: fx.Node) -> str:
-    """A node with its module path and the innermost line of code outside PyTorch that made it."""
-    text = f"{node.name} ({node.target})"
-    stack = node.meta.get("nn_module_stack") or {}
-    path = [entry[0] for entry in stack.values() if entry[0]]
-    if path:
-        text += f" in {path[-1]}"
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if is_users(frame[0])] or frames
-    if own:
-        text += f", {short_path(own[-1][0])}:{own[-1][1]}"
-    return text
-
-
-def is_users(filename: str) -> bool:
-    """Whether a source file belongs neither to PyTorch nor to this compiler."""
-    return not filename.startswith(_FOREIGN) and not filename.startswith("<")
-
-
-def short_path(filename: str) -> str:
-    """A source file's path, relative to the folder of packages it is installed in."""
-    return re.split(r"site-packages[/\\]", filename)[-1]
-
-
 def flat_identifier(name: str) -> str:
     """A dotted name as an identifier."""
     flat = re.sub(r"\W", "_", name, flags=re.ASCII)
@@ -310,8 +292,8 @@ def _input_placeholders(exported: ExportedProgram) -> list[fx.Node]:
             tensors.append(nodes[spec.arg.name])
         elif spec.kind is InputKind.USER_INPUT and not isinstance(spec.arg, ConstantArgument):
             raise UnsupportedOperator(
-                f"the input {spec.arg.name!r} is a number that varies ({type(spec.arg).__name__}); pass it as a tensor, or "
-                f"export the program with a fixed number"
+                f"the input {spec.arg.name!r} is a number that varies ({type(spec.arg).__name__}); pass it as a "
+                f"tensor, or export the program with a fixed number"
             )
         elif spec.kind in (InputKind.CUSTOM_OBJ, InputKind.TOKEN):
             raise UnsupportedOperator(f"the input {spec.arg.name!r} is no tensor ({spec.kind.name.lower()})")
@@ -370,87 +352,6 @@ def _flat_name(path: str) -> str:
 def _size_of(values: Mapping[str, torch.Tensor], path: str, axis: int) -> sympy.Expr:
     size = values[_flat_name(path)].shape[axis]
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
-
-
-def _is_assertion(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _ASSERTIONS
-
-
-def _assertions(graph: fx.Graph) -> list[sympy.Basic]:
-    """The conditions of the graph's assertions over sizes."""
-    conditions: list[sympy.Basic] = []
-    for node in graph.nodes:
-        if not _is_assertion(node) or node.target._schema.name == "aten::_assert_tensor_metadata":
-            continue
-        condition = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else node.args[0]
-        if isinstance(condition, torch.SymBool):
-            conditions.append(condition.node.expr)
-        elif isinstance(condition, torch.Tensor):
-            raise UnsupportedOperator(
-                f"{where(node)}: the program checks a tensor's value at run time; remove the check"
-            )
-    return conditions
-
-
-def _refuse_training(graph: fx.Graph) -> None:
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None:
-            continue
-        for position, argument in enumerate(schema.arguments):
-            if argument.name not in ("train", "training", "dropout_p"):
-                continue
-            value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            if argument.name == "training" and "batch_norm" in schema.name and node.args[3:4] == (None,):
-                continue  # statistics of the instance by definition, not of a training batch
-            if isinstance(value, bool | float) and value:
-                raise SourceError(
-                    f"the program was exported in training mode ({where(node)}); call module.eval() before exporting or "
-                    f"compiling"
-                )
-
-
-def _refuse_unsupported(exported: ExportedProgram) -> None:
-    for spec in exported.graph_signature.output_specs:
-        if spec.kind is OutputKind.USER_INPUT_MUTATION:
-            raise SourceError(
-                f"the model writes into its input {spec.target!r}; compiled models leave inputs alone: work on a copy "
-                f"(x = x.clone()) or return the new value"
-            )
-    problems = []
-    for node in exported.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            problems.append(f"{where(node)}: control flow cannot be compiled; use torch.where or separate entry points")
-        elif node.op == "call_function" and not _is_assertion(node) and _creates_unbacked(node):
-            problems.append(
-                f"{where(node)}: the size of its result depends on data; rewrite it with a size that follows from the "
-                f"inputs' shapes, such as a mask"
-            )
-    if problems:
-        raise UnsupportedOperator("the model cannot be compiled:\n" + "\n".join(f"  {problem}" for problem in problems))
-
-
-def _creates_unbacked(node: fx.Node) -> bool:
-    """Whether a node's value has a data-dependent size that none of its operands has."""
-    own = _unbacked(node.meta.get("val"))
-    return bool(own - set().union(*(_unbacked(operand.meta.get("val")) for operand in node.all_input_nodes)))
-
-
-def _unbacked(value: Any) -> set[sympy.Symbol]:
-    found: set[sympy.Symbol] = set()
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
-            found |= set(free_unbacked_symbols(leaf))
-    return found
-
-
-def _check_output(node: fx.Node) -> None:
-    value = node.meta.get("val")
-    if isinstance(value, torch.SymFloat | torch.SymBool):
-        raise UnsupportedOperator(
-            f"{where(node)}: an output is a {'fraction' if isinstance(value, torch.SymFloat) else 'truth value'} computed "
-            f"from sizes; return a tensor or the integer size"
-        )
 
 
 def _erase_unused_sizes(graph: fx.Graph) -> None:

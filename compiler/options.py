@@ -18,8 +18,8 @@ class Entry:
     """One entry point over the source's weights and state.
 
     Attributes:
-        function: a method or submodule of the source by (dotted) name, such as ``"encode"``, or a callable that uses the
-            source's modules; what it computes becomes the entry point.
+        function: a method or submodule of the source by (dotted) name, such as ``"encode"``, or a callable that uses
+            the source's modules; what it computes becomes the entry point.
         args: example positional arguments: tensors, possibly nested in tuples, lists and dicts, and plain values.
         kwargs: example keyword arguments.
         dynamic_shapes: input name → dimensions in the dimension language (``compiler/shapes.py``), or a structure of

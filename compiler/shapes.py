@@ -4,9 +4,9 @@ One comma-separated entry per axis of an input::
 
     entry  = size | [factor "*"] symbol [":" low ".." high]
 
-``batch:1..64`` is a symbol and its inclusive range; ``batch`` alone is a symbol whose range stands elsewhere; ``128`` is a
-fixed size; ``16*h:2..32`` is a multiple of 16 where ``h`` runs over 2..32, so sizes 32, 48, ..., 512. Every symbol needs
-a finite upper bound, because scratch memory is planned with it.
+``batch:1..64`` is a symbol and its inclusive range; ``batch`` alone is a symbol whose range stands elsewhere; ``128``
+is a fixed size; ``16*h:2..32`` is a multiple of 16 where ``h`` runs over 2..32, so sizes 32, 48, ..., 512. Every
+symbol needs a finite upper bound, because scratch memory is planned with it.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class ShapeSpec:
             shape = tuple(samples[name].shape)
             if len(shape) != len(axes):
                 raise UsageError(
-                    f"input {name!r} has {len(shape)} axes (sample shape {list(shape)}), but {len(axes)} dimensions were "
-                    f"given: {self.describe(name)!r}; give one entry per axis"
+                    f"input {name!r} has {len(shape)} axes (sample shape {list(shape)}), but {len(axes)} dimensions "
+                    f"were given: {self.describe(name)!r}; give one entry per axis"
                 )
             for index, (axis, size) in enumerate(zip(axes, shape, strict=True)):
                 where = f"axis {index} of input {name!r}"
@@ -193,7 +193,9 @@ class ShapeSpec:
             )
             for name, axes in self.inputs.items()
         }
-        return ShapeSpec(inputs, {key: bounds for key, bounds in {**self.ranges, symbol: (low, high)}.items() if key != other})
+        return ShapeSpec(
+            inputs, {key: bounds for key, bounds in {**self.ranges, symbol: (low, high)}.items() if key != other}
+        )
 
     def override(self, other: ShapeSpec) -> ShapeSpec:
         """This spec as a default under another one: the other's inputs and ranges win."""
@@ -248,7 +250,7 @@ def parse_shapes(shapes: Mapping[str, str], defaults: ShapeSpec | None = None) -
                     first = "{}..{}".format(*ranges[axis.symbol])
                     raise UsageError(
                         f"{axis.symbol!r} has the range {first} in {where[axis.symbol]!r}, but "
-                        f"{bounds[0]}..{bounds[1]} in {name!r}; one symbol has one range: give it once, or use two names"
+                        f"{bounds[0]}..{bounds[1]} in {name!r}; a symbol has one range: give it once, or use two names"
                     )
                 where.setdefault(axis.symbol, name)
         inputs[name] = tuple(axes)
@@ -268,8 +270,8 @@ def from_torch(dynamic: Mapping[str, Any], samples: Mapping[str, torch.Tensor]) 
     """The spec that ``torch.export`` dimensions mean, given per input name.
 
     Args:
-        dynamic: input name → None, ``{axis: dim}`` or a sequence with one dim per axis; a dim is a ``Dim``, a multiple of
-            one, an int or None (both fixed).
+        dynamic: input name → None, ``{axis: dim}`` or a sequence with one dim per axis; a dim is a ``Dim``, a multiple
+            of one, an int or None (both fixed).
         samples: the input tensors by name.
 
     Raises:
@@ -368,8 +370,8 @@ def _torch_axis(dim: Any, size: int, default_name: str, ranges: dict[str, Range]
     low, high = getattr(root, "min", None), getattr(root, "max", None)
     if not isinstance(high, int) or high >= 2**63 - 1:
         raise UsageError(
-            f"the dimension {name!r} has no upper bound: memory is planned with it, so write Dim({name!r}, min=1, max=MAX) "
-            f"or the dimension language, as in {name}:1..64"
+            f"the dimension {name!r} has no upper bound: memory is planned with it, so write Dim({name!r}, min=1, "
+            f"max=MAX) or the dimension language, as in {name}:1..64"
         )
     bounds = (int(low) if isinstance(low, int) else 1, high)
     if ranges.setdefault(name, bounds) != bounds:

@@ -43,11 +43,12 @@ def open_source(
     """Capture a source: one program per entry point, sharing weights and states by name.
 
     Args:
-        source: a module, an exported program, a path (.onnx, .pt2, a checkpoint folder), ``file.py:factory`` or the name
-            of a registered model.
+        source: a module, an exported program, a path (.onnx, .pt2, a checkpoint folder), ``file.py:factory`` or the
+            name of a registered model.
         args: example positional arguments; a source that brings its own needs none.
         kwargs: example keyword arguments.
-        shapes: input name → dimension language, over the source's own defaults; or dimensions as ``torch.export`` takes.
+        shapes: input name → dimension language, over the source's own defaults; or dimensions as ``torch.export``
+            takes.
         entries: entry point's name → what to capture; by default one entry point, ``main``.
         sample_inputs: an .npz file with example arrays by input name.
 
@@ -57,11 +58,10 @@ def open_source(
         UnsupportedOperator: the model cannot be compiled.
         UsageError: inputs, shapes or entries that do not fit the model.
     """
-    if isinstance(source, str | Path):
-        source = _from_text(str(source))
-    if isinstance(source, ExportedProgram):
-        return [_open_exported(source, args, kwargs, shapes, entries, sample_inputs)]
-    loaded = source if isinstance(source, Loaded) else _from_module(source)
+    opened: Any = _from_text(str(source)) if isinstance(source, str | Path) else source
+    if isinstance(opened, ExportedProgram):
+        return [_open_exported(opened, args, kwargs, shapes, entries, sample_inputs)]
+    loaded = opened if isinstance(opened, Loaded) else _from_module(opened)
     if args or kwargs:
         loaded = replace(loaded, args=args, kwargs=kwargs or {}, made_up=False)
     if sample_inputs is not None:

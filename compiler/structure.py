@@ -69,8 +69,8 @@ class Call:
 def bind(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Call:
     """Match example arguments with a function's parameters and name every tensor in them.
 
-    A tensor in ``f(x, {"a": (t,)})`` is called after its parameter and its path: ``x``, ``d.a.0``. NumPy arrays count as
-    tensors; anything else (numbers, None, strings) is a constant of the program.
+    A tensor in ``f(x, {"a": (t,)})`` is called after its parameter and its path: ``x``, ``d.a.0``. NumPy arrays count
+    as tensors; anything else (numbers, None, strings) is a constant of the program.
 
     Raises:
         UsageError: the arguments do not fit the function.

@@ -1,7 +1,7 @@
 """The symbols of a program: from the exporter's numbered ones to the names and ranges that users gave.
 
-``torch.export`` calls its symbols ``s17`` after a hash. Here each becomes a sympy symbol with the user's name, in the same
-ShapeEnv, so that every shape in every graph and dump reads ``batch`` and two compilations give the same text.
+``torch.export`` calls its symbols ``s17`` after a hash. Here each becomes a sympy symbol with the user's name, in the
+same ShapeEnv, so that every shape in every graph and dump reads ``batch`` and two compilations give the same text.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def name_symbols(
         if high >= _UNBOUNDED:
             axis_of = first[symbol].rsplit("_dim", 1)
             raise UsageError(
-                f"axis {axis_of[1]} of input {axis_of[0]!r} has no upper bound: memory is planned with it; give its range, "
-                f"as in --shape {axis_of[0]}={_template(values, axis_of[0], int(axis_of[1]))}"
+                f"axis {axis_of[1]} of input {axis_of[0]!r} has no upper bound: memory is planned with it; give its "
+                f"range, as in --shape {axis_of[0]}={_template(values, axis_of[0], int(axis_of[1]))}"
             )
         if low > high:
             raise UsageError(f"no size fits every range that was declared for {name!r}: {low}..{high} is empty")
@@ -102,8 +102,8 @@ def _declare(
     if expr.is_Integer:
         if isinstance(axis, Symbolic):
             raise UsageError(
-                f"{place} is declared dynamic, but it is fixed at {expr} in the program; write {expr}, or export it with a "
-                f"dynamic axis"
+                f"{place} is declared dynamic, but it is fixed at {expr} in the program; write {expr}, or export it "
+                f"with a dynamic axis"
             )
         if axis.size != expr:
             raise UsageError(f"{place} is declared as {axis.size}, but it is fixed at {expr} in the program")
@@ -151,8 +151,8 @@ def _rename(env: ShapeEnv, symbol: sympy.Symbol, name: str) -> sympy.Symbol:
     if renamed in env.var_to_range:
         if hints[renamed] != hints[symbol]:
             raise UsageError(
-                f"{name!r} names two dimensions whose example sizes differ ({hints[renamed]} and {hints[symbol]}); use two "
-                f"names"
+                f"{name!r} names two dimensions whose example sizes differ ({hints[renamed]} and {hints[symbol]}); use "
+                f"two names"
             )
         env.var_to_range[renamed] = env.var_to_range[renamed] & env.var_to_range[symbol]
     else:

@@ -1,4 +1,4 @@
-"""Frontends: each turns one kind of source into a module (or exported program) with example inputs and default shapes."""
+"""Frontends: each turns one kind of source into a module (or exported program) with examples and default shapes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A program saved by ``torch.export.save`` (``.pt2``).
 
-Such a file is a zip archive of a JSON graph and raw weights; it may also hold pickled objects, which could run code when
-read. These are tried first under torch's restricted unpickler, and an archive that needs more is refused.
+Such a file is a zip archive of a JSON graph and raw weights; it may also hold pickled objects, which could run code
+when read. These are tried first under torch's restricted unpickler, and an archive that needs more is refused.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def load_exported(path: Path) -> ExportedProgram:
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SourceError(
-            f"{path} cannot be read by PyTorch {torch.__version__}: {type(error).__name__}: {first}; it may be damaged or "
-            f"saved by another version: {_HOW}"
+            f"{path} cannot be read by PyTorch {torch.__version__}: {type(error).__name__}: {first}; it may be damaged "
+            f"or saved by another version: {_HOW}"
         ) from error
 
 

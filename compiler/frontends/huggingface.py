@@ -68,8 +68,8 @@ def load_model(folder: Path) -> nn.Module:
             raise SourceError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
         if getattr(config, "is_encoder_decoder", False):
             raise SourceError(
-                f"{folder} is an encoder-decoder model, which needs several entry points; load it in Python and pass the "
-                f"module with entries="
+                f"{folder} is an encoder-decoder model, which needs several entry points; load it in Python and pass "
+                f"the module with entries="
             )
         for part in (config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))):
             if hasattr(part, "use_cache"):
@@ -98,7 +98,7 @@ def broadcast_mask(
     """
     from transformers import masking_utils
 
-    pattern_of = mask_function or masking_utils.causal_mask_function
+    pattern_of: Any = mask_function or masking_utils.causal_mask_function
     simple = not use_vmap and isinstance(q_offset, int) and isinstance(kv_offset, int) and q_offset == kv_offset == 0
     if not simple:
         return masking_utils.sdpa_mask(
@@ -136,7 +136,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise SourceError(f"{folder} has no config.json; a checkpoint folder needs config.json and model.safetensors")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is no JSON: {error}") from error
     if not isinstance(config, dict) or not config.get("architectures"):
         raise SourceError(f'{path} names no model class: add "architectures": ["BertModel"] (or whichever it is)')
@@ -154,7 +154,8 @@ def _model_class(transformers: Any, config: dict[str, Any], folder: Path) -> Any
         if config.get("auto_map"):
             hint = "; it is defined by code inside the folder, which is not run: load it in Python and pass the module"
         raise SourceError(
-            f"{folder / 'config.json'} names the class {name!r}, which transformers {transformers.__version__} does not have{hint}"
+            f"{folder / 'config.json'} names the class {name!r}, which transformers {transformers.__version__} "
+            f"does not have{hint}"
         )
     return cls
 
@@ -182,7 +183,7 @@ def _from_pretrained(cls: Any, folder: Path, config: Any) -> tuple[Any, dict[str
 
 
 def _attention() -> str:
-    """The name under which transformers knows PyTorch's attention with our mask; plain ``sdpa`` on releases before 5."""
+    """The name under which transformers knows PyTorch's attention with our mask; ``sdpa`` on releases before 5."""
     from transformers import masking_utils, modeling_utils
 
     if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
@@ -224,8 +225,8 @@ def _samples(model: Any, folder: Path, stages: Stages | None) -> tuple[dict[str,
         return {"pixel_values": image.to(dtype)}, {"pixel_values": f"batch:1..64,{channels},{height},{width}"}
     if "input_ids" not in takes:
         raise SourceError(
-            f"{folder}: {type(model).__name__} takes {model.main_input_name!r}, for which no sample is made; load it in "
-            f"Python and pass the module with args="
+            f"{folder}: {type(model).__name__} takes {model.main_input_name!r}, for which no sample is made; load it "
+            f"in Python and pass the module with args="
         )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = _longest(text)

@@ -67,7 +67,8 @@ def _loaded(made: Any, text: str) -> Loaded:
         return Loaded(made, made_up=False)
     if not isinstance(made, tuple) or not 1 <= len(made) <= 4 or not isinstance(made[0], nn.Module):
         raise SourceError(f"{text} returned a {type(made).__name__}; it must return {_FORMS}")
-    module, args, kwargs, shapes = (*made, *((), {}, None)[len(made) - 1 :])
+    defaults: tuple[Any, ...] = ((), {}, None)
+    module, args, kwargs, shapes = made + defaults[len(made) - 1 :]
     if not isinstance(args, tuple | list):
         raise SourceError(
             f"{text}: the sample args are a {type(args).__name__}; put them in a tuple, as in (module, (x,))"

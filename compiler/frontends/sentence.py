@@ -1,7 +1,7 @@
 """A sentence encoder: a transformer with the pooling and normalisation of its sentence-transformers folder.
 
-Such a folder has a ``modules.json`` that lists the stages: Transformer, Pooling and optionally Normalize. Formulas: Reimers
-and Gurevych, "Sentence-BERT" (2019), and the configuration keys of sentence-transformers' pooling.
+Such a folder has a ``modules.json`` that lists the stages: Transformer, Pooling and optionally Normalize. Formulas:
+Reimers and Gurevych, "Sentence-BERT" (2019), and the configuration keys of sentence-transformers' pooling.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def read_stages(folder: Path) -> Stages | None:
     kinds = [kind for kind, _ in stages]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise SourceError(
-            f"{path} lists the modules {', '.join(kinds)}; supported are Transformer, Pooling and then Normalize (remove "
-            f"modules.json to compile the transformer alone)"
+            f"{path} lists the modules {', '.join(kinds)}; supported are Transformer, Pooling and then Normalize "
+            f"(remove modules.json to compile the transformer alone)"
         )
     return Stages(stages[0][1], _pooling_modes(stages[1][1] / "config.json"), len(stages) == 3)
 
@@ -120,5 +120,5 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{path} is missing") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is no JSON: {error}") from error

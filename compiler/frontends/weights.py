@@ -50,7 +50,7 @@ def check_weight_files(folder: Path) -> dict[str, tuple[int, ...]]:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted({str(place) for place in places.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{index} is no index of weights: {type(error).__name__}: {error}") from error
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
@@ -91,12 +91,12 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
                 wanted = math.prod(shape) * _BITS[entry["dtype"]] // 8
                 if not 0 <= first <= last or last - first != wanted:
                     raise ArtifactError(
-                        f"{path} is damaged: tensor {name!r} of shape {list(shape)} needs {wanted} bytes, its offsets span "
-                        f"{last - first}"
+                        f"{path} is damaged: tensor {name!r} of shape {list(shape)} needs {wanted} bytes, its offsets "
+                        f"span {last - first}"
                     )
                 shapes[name] = shape
                 end = max(end, last)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArtifactError(
                 f"{path} is damaged: its header cannot be read ({type(error).__name__}: {error})"
             ) from error

@@ -163,7 +163,15 @@ def test_nested_inputs_get_dotted_names():
     t = [torch.randn(2, 3) for _ in range(7)]
     args = (t[0], {"a": (t[1],), "b": Pair(t[2], t[3])}, t[4], t[5])
     program = capture("main", module, args, {"late": t[6], "flag": True})
-    assert [item.name for item in program.inputs] == ["x", "tree.a.0", "tree.b.left", "tree.b.right", "rest.0", "rest.1", "late"]
+    assert [item.name for item in program.inputs] == [
+        "x",
+        "tree.a.0",
+        "tree.b.left",
+        "tree.b.right",
+        "rest.0",
+        "rest.1",
+        "late",
+    ]
     assert_agrees(program, module, *args, flag=True, late=t[6])
 
 
@@ -338,7 +346,10 @@ def test_mutated_buffers_become_states():
     module = module_of(forward, count=torch.zeros((), dtype=torch.int64), cache=cache, fixed=torch.ones(1))
     x = torch.randn(2, 3)
     program = capture("main", module, (x,), shapes={"x": "2,n:1..8"})
-    assert [state.name for state in program.states] == ["cache", "count"] or [s.name for s in program.states] == ["count", "cache"]
+    assert [state.name for state in program.states] == ["cache", "count"] or [s.name for s in program.states] == [
+        "count",
+        "cache",
+    ]
     assert cache.abs().sum() == 0 and module.count == 0, "capturing must not run the module's state"
     state = {item.name: item for item in program.states}
     assert state["cache"].initial.data_ptr() == cache.data_ptr()
@@ -398,7 +409,9 @@ def test_plain_tensor_attributes_are_constants_by_name():
 
 
 def test_derived_dimensions():
-    program = capture("main", module_of(lambda self, x: x.view(-1, 16)), (torch.randn(16, 2),), shapes={"x": "16*h:1..32,2"})
+    program = capture(
+        "main", module_of(lambda self, x: x.view(-1, 16)), (torch.randn(16, 2),), shapes={"x": "16*h:1..32,2"}
+    )
     ((symbol, bounds),) = program.symbols.items()
     assert (bounds.name, bounds.minimum, bounds.maximum) == ("h", 1, 32)
     assert program.inputs[0].name == "x" and program.sample[0].shape == (32, 2)
@@ -511,7 +524,8 @@ def test_methods_submodules_and_callables_as_entries():
         "free": capture("free", module, (x,), function=lambda a: module.head(a) * 2),
     }
     sources = {
-        name: {node.meta["source"] for node in program.graph.find_nodes(op="get_attr")} for name, program in programs.items()
+        name: {node.meta["source"] for node in program.graph.find_nodes(op="get_attr")}
+        for name, program in programs.items()
     }
     body, head = {"body.weight", "body.bias"}, {"head.weight", "head.bias"}
     assert sources == {"main": body | head, "encode": body, "body": body, "part": head, "free": head}
@@ -526,9 +540,10 @@ def test_methods_submodules_and_callables_as_entries():
 
 _SCRIPT = """
 import torch
+from torch import nn
 from tilewright.compiler.capture import capture
 torch.manual_seed(0)
-module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten()).eval()
+module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()).eval()
 program = capture("main", module, (torch.randn(1, 3, 8, 8),), shapes={"input": "batch:1..4,3,2*h:4..9,w:8..16"})
 for node in program.graph.nodes:
     print(node.format_node(), getattr(node.meta.get("val"), "shape", node.meta.get("val")), node.meta.get("source"))
@@ -540,7 +555,11 @@ def test_two_processes_give_the_same_text(capsys):
     exec(compile(_SCRIPT, "<script>", "exec"), {})
     here = capsys.readouterr().out
     there = subprocess.run(
-        [sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7", "PATH": ""}
+        [sys.executable, "-c", _SCRIPT],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "7", "PATH": ""},
     ).stdout
     assert here == there
     assert "batch" in here and not re.search(r"\bs\d+\b", here), "the exporter's own symbols leaked"
@@ -631,7 +650,12 @@ def test_guard_text_is_parsed_without_eval():
     assert holds(relation, {n: 8}) and not holds(relation, {n: 9})
     low, high = parse("2 <= L['x'].size()[0] and L['x'].size()[0] <= torch.sym_max(1, L['d']['a'][0].size()[1] // 2)")
     assert holds(low, {n: 2}) and holds(high, {n: 4, m: 8}) and not holds(high, {n: 5, m: 8})
-    for code in ("__import__('os')", "L['x'].size()[0] == open('f')", "L['x'].stride()[0] == 1", "L['y'].size()[0] == 1"):
+    for code in (
+        "__import__('os')",
+        "L['x'].size()[0] == open('f')",
+        "L['x'].stride()[0] == 1",
+        "L['y'].size()[0] == 1",
+    ):
         with pytest.raises(SourceError, match="cannot be checked"):
             parse(code)
 

@@ -91,7 +91,7 @@ class Anchored:
         used |= {name for name in self._index_symbols() if name in ranges}
         symbols = tuple(name for name in ranges if name in used)
         lines = "\n".join([*prelude(self.frame.parameters, symbols), *(f"(void){name};" for name in symbols)])
-        source = render(template, name=NAME, prelude=lines, **context)
+        source = '#include "tw_math.h"\n' + render(template, name=NAME, prelude=lines, **context)
         return KernelCode(
             family=family,
             label=self.task.label(),

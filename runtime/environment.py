@@ -39,5 +39,6 @@ CACHE_SIZE = Variable(
     "size cap of the kernel cache: bytes, or a number with KiB, MiB or GiB",
 )
 CACHE_HOME = Variable("XDG_CACHE_HOME", "~/.cache", "where the desktop standard puts caches")
+DEBUG = Variable("TILEWRIGHT_DEBUG", "off", "set to 1, commands show the traceback of every error")
 
-VARIABLES = (COMPILER, CACHE, CACHE_SIZE, CACHE_HOME)
+VARIABLES = (COMPILER, CACHE, CACHE_SIZE, CACHE_HOME, DEBUG)

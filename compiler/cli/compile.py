@@ -1,0 +1,237 @@
+"""``tilewright compile``: a model in, an artifact out."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options
+from .output import emit_json, heading, note, show_bytes, show_seconds, show_sizes, table
+from .progress import phases
+
+if TYPE_CHECKING:
+    from ...passes.manager import PassRecord
+    from ..driver import Artifact, Compilation
+
+HELP = """Compile SOURCE into the artifact directory given with -o.
+
+\b
+SOURCE is one of:
+  path/to/checkpoint     a Hugging Face folder (config.json, *.safetensors)
+  model.onnx             an ONNX file
+  model.pt2              a program saved by torch.export.save
+  path/to/file.py:build  a function that returns a module, or (module, args[, kwargs[, shapes]])
+  resnet50               a model of the registry
+
+\b
+Sizes that vary are named per input, one entry per axis:
+  --shape "input_ids=batch:1..64,seq:1..512"   two symbols and their ranges
+  --shape "attention_mask=batch,seq"           the same symbols again
+  --shape "image=batch:1..16,3,224,224"        fixed sizes are numbers
+  --shape "x=1,16*h:2..32"                     multiples of 16, from 32 to 512
+
+\b
+Examples:
+  tilewright compile path/to/minilm -o minilm.tw
+  tilewright compile resnet50 -o resnet50.tw --target cpu:x86-64-v3,cpu:x86-64-v4
+  tilewright compile net.onnx -o net.tw --shape "image=1,3,224,224" --inputs sample.npz
+  tilewright compile file.py:build --check
+  tilewright compile resnet50 -o r.tw --dump-dir passes --verify passes
+
+A directory that exists is replaced only if it holds an artifact, and only when the new one is complete. The outputs are
+compared with eager PyTorch at several sizes before the command succeeds (--verify).
+"""
+
+
+@click.command("compile", help=HELP, short_help="Compile a model into an artifact.")
+@click.argument("source", metavar="SOURCE")
+@click.option("-o", "--output", metavar="DIR", help="The artifact directory to write.")
+@click.option(
+    "--target", default="cpu", show_default=True, metavar="T[,T...]",
+    help="Machines to compile for; 'cpu' is this one, 'tilewright doctor' lists all.",
+)  # fmt: skip
+@options.source_shapes
+@options.sample_inputs
+@click.option(
+    "--precision", default="auto", show_default=True, metavar="P", help="What to compute in: auto or fp32."
+)
+@click.option("--quantize", metavar="RECIPE", help="Quantize the weights by a recipe (none is supported yet).")
+@click.option("--dump-dir", metavar="D", help="Write the graphs before and after every pass, diffs and reasons.")
+@click.option(
+    "--verify", type=click.Choice(["off", "final", "passes"]), default="final", show_default=True,
+    help="Compare with eager PyTorch: nothing, the final outputs, or every intermediate graph too.",
+)  # fmt: skip
+@click.option("--check", is_flag=True, help="List what is not supported, and build nothing.")
+@click.option("--disable-pass", "disabled", multiple=True, metavar="NAME", help="Leave a pass out. Repeatable.")
+@click.option("--stop-after", metavar="NAME", help="Stop after a pass, and build nothing.")
+@options.quiet
+@options.as_json
+def compile_source(
+    source: str,
+    output: str | None,
+    target: str,
+    shapes: tuple[str, ...],
+    inputs: str | None,
+    precision: str,
+    quantize: str | None,
+    dump_dir: str | None,
+    verify: str,
+    check: bool,
+    disabled: tuple[str, ...],
+    stop_after: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Compile a model."""
+    from ...runtime.errors import UsageError
+
+    if output is None and not check and stop_after is None:
+        raise UsageError("no output directory: add -o DIR (or --check, to list what is not supported)")
+    if check and stop_after is not None:
+        raise UsageError("--check needs all passes; leave --stop-after out")
+    with phases(quiet) as progress, redirect_stdout(sys.stderr):  # what a model's own code prints is no result
+        progress("import", "PyTorch and the compiler")
+        from ..driver import Compilation
+        from ..options import CompileOptions
+        from ..shapes import parse_options
+
+        chosen = CompileOptions(
+            target=tuple(target.split(",")),
+            precision=precision,
+            quantize=quantize,
+            verify=verify,  # type: ignore[arg-type]
+            dump_dir=Path(dump_dir) if dump_dir else None,
+            disable_passes=frozenset(disabled),
+            stop_after=stop_after,
+        )
+        dimensions = parse_options(shapes) or None
+        compilation = Compilation(chosen, progress)
+        if check or output is None:
+            programs = compilation.capture(source, shapes=dimensions, inputs=inputs)
+            records = compilation.rewrite(programs)
+            unsupported = compilation.check(programs) if check else []
+        else:
+            done = compilation.run(source, (), None, Path(output), dimensions, inputs=inputs)
+            records = done.passes
+    if check:
+        _report_check(source, unsupported, as_json)
+    elif stop_after is not None:
+        _report_passes(compilation, records, stop_after, dump_dir, as_json)
+    else:
+        _report(done, chosen, as_json)
+
+
+def _report_check(source: str, unsupported: list[Any], as_json: bool) -> None:
+    from ...runtime.errors import UnsupportedOperator
+
+    if as_json:
+        emit_json({"source": source, "supported": not unsupported, "unsupported": [vars(item) for item in unsupported]})
+    elif unsupported:
+        rows = [(item.operator, item.node, item.module, item.source) for item in unsupported]
+        table(("operator", "node", "module", "source"), rows, "llll")
+    else:
+        click.echo(f"{source}: every operator is supported")
+    if unsupported:
+        count = f"{len(unsupported)} operator{'s are' if len(unsupported) > 1 else ' is'} not supported"
+        raise UnsupportedOperator(
+            f"{count}; rewrite these lines of the model with supported operators (docs/operators.md lists them), or leave "
+            "the part out with an entry point that starts after it"
+        )
+
+
+def _report_passes(
+    compilation: Compilation, records: dict[str, list[PassRecord]], last: str, dump_dir: str | None, as_json: bool
+) -> None:
+    if as_json:
+        emit_json({"stopped_after": last, "seconds": compilation.seconds, "passes": _passes(records)})
+        return
+    for name, items in records.items():
+        heading(f"Passes of {name}")
+        table(("pass", "time", "rewritten", "refused", "nodes", "error"), [_pass_row(item) for item in items], "lrrrrr")
+    seen = f"; graphs are in {dump_dir}" if dump_dir else "; add --dump-dir DIR to see the graphs"
+    note(f"stopped after {last}, no artifact was written{seen}")
+
+
+def _report(done: Artifact, chosen: Any, as_json: bool) -> None:
+    from ...runtime.artifact import read_artifact
+    from .facts import artifact_bytes, memory_of
+
+    opened = read_artifact(done.path)
+    plans = opened.plans
+    info = opened.manifest.info
+    kernels = len({variant.kernel for plan in plans.values() for step in plan.steps for variant in step.variants})
+    size, weights = artifact_bytes(opened), opened.manifest.weights.size
+    memory = {name: memory_of(plan) for name, plan in plans.items()}
+    differs = _not_applied(info, chosen)
+    if as_json:
+        found = {
+            "path": str(done.path), "seconds": done.seconds, "bytes": size, "weights_bytes": weights,
+            "targets": [target.name for target in opened.manifest.targets], "kernels": kernels,
+            "steps": {name: len(plan.steps) for name, plan in plans.items()}, "memory": memory,
+            "precision": info.get("precision"), "errors": [{**vars(item), "ok": item.ok} for item in done.errors],
+            "passes": _passes(done.passes), "not_applied": differs,
+        }  # fmt: skip
+        emit_json(found)
+        return
+    targets = ", ".join(target.name for target in opened.manifest.targets)
+    click.echo(f"{done.path}: {show_bytes(size)} (weights {show_bytes(weights)}), {kernels} kernels for {targets}")
+    phases_text = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.seconds.items())
+    click.echo(f"time: {sum(done.seconds.values()):.1f} s ({phases_text})")
+    for name, cases in memory.items():
+        for case in cases:
+            at = f"{case['at']} ({show_sizes(case['sizes'])})" if case["sizes"] else "every call"
+            amounts = f"{show_bytes(case['peak'])} (all buffers {show_bytes(case['total'])}"
+            click.echo(f"scratch of {name}, {at}: {amounts}, lower bound {show_bytes(case['bound'])})")
+    _show_errors(done, chosen)
+    for line in differs:
+        click.echo(f"not as asked: {line}")
+
+
+def _show_errors(done: Artifact, chosen: Any) -> None:
+    if chosen.verify == "off":
+        click.echo("outputs were not compared with PyTorch (--verify off)")
+    elif not done.errors:
+        click.echo("the model returns no tensor, so there was nothing to compare with PyTorch")
+    worst: dict[tuple[str, str], Any] = {}
+    for item in done.errors:
+        key = (item.entry, item.output)
+        if key not in worst or item.error > worst[key].error:
+            worst[key] = item
+    for (entry, output), item in worst.items():
+        count = sum((other.entry, other.output) == (entry, output) for other in done.errors)
+        sizes = f" over {count} assignments of sizes" if count > 1 else ""
+        click.echo(
+            f"{entry}: {output} differs from PyTorch by {item.error:.1e} of its largest value{sizes} (allowed {item.tolerance:.0e})"
+        )
+
+
+def _not_applied(info: dict[str, Any], chosen: Any) -> list[str]:
+    """What was asked for and is not in the artifact."""
+    applied = info.get("precision", {}).get("applied")
+    if chosen.precision not in ("auto", applied):
+        return [f"precision {chosen.precision}: the artifact computes in {applied}"]
+    return []
+
+
+def _passes(records: dict[str, list[PassRecord]]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        name: [
+            {
+                "pass": item.label, "seconds": item.seconds, "rewrites": len(item.report.changes),
+                "refusals": len(item.report.refusals), "nodes_before": item.nodes_before,
+                "nodes_after": item.nodes_after, "error": item.error,
+            }
+            for item in items
+        ]
+        for name, items in records.items()
+    }  # fmt: skip
+
+
+def _pass_row(item: PassRecord) -> tuple[str, ...]:
+    error = "" if item.error is None else f"{item.error:.1e}"
+    counts = (str(len(item.report.changes)), str(len(item.report.refusals)))
+    return (item.label, show_seconds(item.seconds), *counts, f"{item.nodes_before} -> {item.nodes_after}", error)

@@ -67,6 +67,7 @@ def _measure_inputs(graph: fx.Graph, report: Report) -> None:
     inputs = graph.find_nodes(op="placeholder")
     for node in calls(graph, (aten.sym_size.int,)):
         source = node.args[0]
+        assert isinstance(source, fx.Node)
         if source.op != "call_function":
             continue
         for given in inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .align_layouts import AlignLayouts
 from .base import Pass
 from .canonicalize import Canonicalize
 from .eliminate_common_subexpressions import EliminateCommonSubexpressions
@@ -36,7 +37,8 @@ def pipeline(roles: Roles) -> list[Pass]:
         EliminateCommonSubexpressions(),
         # The leftovers of the above, which would count as users of what they read.
         EliminateDeadCode(),
-        # What was written out by hand, from the inside out: attention contains rotary embeddings, which may follow norms.
+        # What was written out by hand, from the inside out: norms, then rotary embeddings of what may be normalised,
+        # then the attention around them.
         RecogniseRmsNorm(),
         RecogniseLayerNorm(),
         RecogniseGelu(),
@@ -58,4 +60,6 @@ def pipeline(roles: Roles) -> list[Pass]:
         EliminateDeadCode(),
         # Everything is in its final form: group it into kernels.
         FuseOperators(roles),
+        # Values between kernels exist only now.
+        AlignLayouts(roles),
     ]

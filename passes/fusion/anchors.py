@@ -58,7 +58,7 @@ def _pointwise_after(grouping: Grouping, anchor: fx.Node, roles: Roles) -> tuple
     while pending and len(reached) <= LONGEST:
         node = pending.pop(0)
         for user in node.users:
-            if user in reached or grouping.of.get(user) is None or part(user, roles) != "pointwise" or is_generated(user):
+            if user in reached or user not in grouping.of or part(user, roles) != "pointwise" or is_generated(user):
                 continue
             if grouping.of[user].family:
                 reason = reason or f"{user} is already after {grouping.of[user].root}"
@@ -82,7 +82,7 @@ def _upstream(end: fx.Node, within: set[fx.Node]) -> set[fx.Node]:
 
 
 def _tail(grouping: Grouping, vertex: Vertex, anchor: fx.Node) -> None:
-    """Let the kernel store in permuted order: a permutation of the result and then a reshape, if nothing else reads it."""
+    """Let the kernel store in another order: a permutation of the result, then a reshape, if nothing else reads it."""
     last = anchor
     for targets in ((aten.permute.default, aten.transpose.int), (aten.reshape.default, aten.view.default)):
         user = only_user(last)

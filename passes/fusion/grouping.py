@@ -1,8 +1,8 @@
 """The dependency graph of a grouping: vertices are groups of nodes, and merging two never makes a cycle.
 
-The vertices keep a topological order that is repaired locally after a merge (Pearce and Kelly, "A dynamic topological sort
-algorithm for directed acyclic graphs", 2006), so that the search for a path that leaves a group and comes back stays
-between the places of the two vertices and does not walk the model.
+The vertices keep a topological order that is repaired locally after a merge (Pearce and Kelly, "A dynamic topological
+sort algorithm for directed acyclic graphs", 2006), so that the search for a path that leaves a group and comes back
+stays between the places of the two vertices and does not walk the model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a region may take in: whether a value can be computed inside the kernel that reads it.
 
-Inside a kernel values are functions of an index: a value is computed wherever it is read. That is free where each element
-is read once, and where a row kernel keeps what several passes over a row read; everything else must be cheap.
+Inside a kernel values are functions of an index: a value is computed wherever it is read. That is free where each
+element is read once, and where a row kernel keeps what several passes over a row read; everything else must be cheap.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from math import inf
 from torch import fx
 
 from ..graph.edit import same_shape, tensor_shape
+from ..graph.layouts import reads_blocks
 from ..graph.query import arguments
 from ..graph.roles import Roles
 from .grouping import Vertex
@@ -63,10 +64,10 @@ def takes_view(vertex: Vertex, node: fx.Node, constant: bool, roles: Roles) -> s
         positions = _positions(use.user, use.operand)
         mask = anchor.family == "attention" and _is_mask(use.user, use.operand)
         if not mask and not set(positions) <= set(anchor.data):
-            return f"{use.user} reads its operand {positions[0] if positions else ''} as it lies in memory".replace("  ", " ")
+            return f"{use.user} reads it as it lies in memory"
         if constant and anchor.family != "attention":
             return f"{use.user} packs the constant when the artifact is written"
-        if anchor.family == "convolution" and int(tensor_shape(use.operand)[1]) >= roles.lanes:
+        if anchor.family == "convolution" and reads_blocks(use.user, roles.lanes):
             return f"{use.user} reads blocks of channels"
     return None
 
@@ -142,15 +143,13 @@ def _adds_axis(use: Use) -> bool:
     return len(use.path) == 1 and same_shape(shape, (*tensor_shape(before), 1))
 
 
-def _refuse_reduction(
-    vertex: Vertex, node: fx.Node, uses: list[Use], admission: Admission, roles: Roles
-) -> str | None:
+def _refuse_reduction(vertex: Vertex, node: fx.Node, uses: list[Use], admission: Admission, roles: Roles) -> str | None:
     kind = "window" if part(node, roles) == "window" else reduction_kind(node)
     others = vertex.reductions
     rows = all(part(other, roles) == "reduction" and reduction_kind(other) in ("row", "statistic") for other in others)
-    if kind == "row" and not admission.reduced and admission.place == "element" and rows:
-        if same_shape(tensor_shape(node), vertex.shape) and not any(use.path for use in uses):
-            return None
+    whole = same_shape(tensor_shape(node), vertex.shape) and not any(use.path for use in uses)
+    if kind == "row" and rows and whole and admission.place == "element" and not admission.reduced:
+        return None
     operand = node.args[0]
     assert isinstance(operand, fx.Node)
     if kind == "statistic" and rows and admission.place == "row":
@@ -189,4 +188,5 @@ def _positions(user: fx.Node, operand: fx.Node) -> list[int]:
 
 def _is_mask(user: fx.Node, operand: fx.Node) -> bool:
     given = arguments(user)
-    return given.get("attn_mask") is operand and operand not in (given.get("query"), given.get("key"), given.get("value"))
+    others = (given.get("query"), given.get("key"), given.get("value"))
+    return given.get("attn_mask") is operand and operand not in others

@@ -1,7 +1,7 @@
 """What fusion asks about single operators: the part they play, what they cost per element, how they read an operand.
 
-Operators are known by name, so that every overload and every torch version is covered; one that is not named here counts
-as expensive, which costs a buffer but never time.
+Operators are known by name, so that every overload and every torch version is covered; one that is not named here
+counts as expensive, which costs a buffer but never time.
 """
 
 from __future__ import annotations
@@ -21,27 +21,32 @@ EXPENSIVE = 1000  # cost per element above which a value is never computed twice
 MANY = 3  # what a value that is read many times may cost per element
 SHARED = 1  # what a value that several regions each compute for themselves may cost
 
-_GENERATORS = frozenset("arange full scalar_tensor zeros ones empty linspace eye".split())
-_FROM_SIZE = frozenset("full_like zeros_like ones_like empty_like new_full new_zeros new_ones new_empty".split())
-_FREE = frozenset("alias detach clone contiguous positive lift_fresh lift_fresh_copy detach_copy".split())
-_CHEAP = frozenset(
-    "add sub rsub mul neg abs square maximum minimum relu relu6 hardtanh clamp clip clamp_min clamp_max leaky_relu threshold "
-    "lt le gt ge eq ne logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not "
-    "bitwise_left_shift bitwise_right_shift __lshift__ __rshift__ where masked_fill _to_copy to type_as convert_element_type "
-    "isnan isinf isfinite floor ceil round trunc sign".split()
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_GENERATORS = _names("arange full scalar_tensor zeros ones empty linspace eye")
+_FROM_SIZE = _names("full_like zeros_like ones_like empty_like new_full new_zeros new_ones new_empty")
+_FREE = _names("alias detach clone contiguous positive lift_fresh lift_fresh_copy detach_copy")
+_CHEAP = _names(
+    "add sub rsub mul neg abs square maximum minimum relu relu6 hardtanh clamp clip clamp_min clamp_max leaky_relu "
+    "threshold lt le gt ge eq ne logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor "
+    "bitwise_not bitwise_left_shift bitwise_right_shift __lshift__ __rshift__ where masked_fill _to_copy to type_as "
+    "convert_element_type isnan isinf isfinite floor ceil round trunc sign"
 )
-_MODERATE = frozenset("div floor_divide sqrt rsqrt reciprocal hardsigmoid hardswish remainder fmod slice_scatter".split())
-_LOOKUPS = frozenset("embedding index_select gather index take_along_dim select_scatter".split())
+_MODERATE = _names("div floor_divide sqrt rsqrt reciprocal hardsigmoid hardswish remainder fmod")
+_LOOKUPS = _names("embedding index_select gather index take_along_dim")
 
 # Views that choose between operands or repeat elements: they have a cost, so they are no free index maps.
-_ASSEMBLED = frozenset("cat concat concatenate stack constant_pad_nd pad roll repeat tile repeat_interleave tril triu".split())
-_READ_ONCE = frozenset("constant_pad_nd roll tril triu".split())
+_ASSEMBLED = _names("cat concat concatenate stack constant_pad_nd pad roll repeat tile repeat_interleave tril triu")
+_READ_ONCE = _names("constant_pad_nd roll tril triu")
 # Pointwise by role, but they read their operands at other places than they write.
-_MOVING = frozenset("slice_scatter select_scatter".split())
+_MOVING = _names("slice_scatter select_scatter")
 
-_ROWWISE = frozenset("softmax _softmax _safe_softmax log_softmax _log_softmax".split())
-_SINGLE_PASS = frozenset("sum prod mean amax amin any all argmax argmin max min".split())
-_SPREAD = frozenset("var std".split())
+_ROWWISE = _names("softmax _softmax _safe_softmax log_softmax _log_softmax")
+_SINGLE_PASS = _names("sum prod mean amax amin any all argmax argmin max min")
+_SPREAD = _names("var std")
 _NEAREST = "upsample_nearest"
 
 
@@ -50,15 +55,16 @@ def operator_name(node: fx.Node) -> str:
     if node.target is operator.getitem:
         return "getitem"
     schema = getattr(node.target, "_schema", None)
-    return str(schema.name).split("::")[-1] if schema is not None else str(getattr(node.target, "__name__", node.target))
+    name = schema.name if schema is not None else getattr(node.target, "__name__", node.target)
+    return str(name).split("::")[-1]
 
 
 def part(node: fx.Node, roles: Roles) -> str:
     """What a node is to fusion.
 
-    ``"leaf"`` (inputs, constants), ``"region"``, ``"size"``, ``"anchor"``, ``"view"`` (an index map that costs nothing),
-    ``"assembled"`` (a view with a cost), ``"pointwise"``, ``"gather"``, ``"reduction"``, ``"window"``, ``"item"`` (one
-    result of a node that computes several) or ``"unknown"``.
+    ``"leaf"`` (inputs, constants), ``"region"``, ``"size"``, ``"anchor"``, ``"view"`` (an index map that costs
+    nothing), ``"assembled"`` (a view with a cost), ``"pointwise"``, ``"gather"``, ``"reduction"``, ``"window"``,
+    ``"item"`` (one result of a node that computes several) or ``"unknown"``.
     """
     if node.op in ("placeholder", "get_attr") or is_region(node, "constant"):
         return "leaf"

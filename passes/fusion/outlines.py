@@ -1,4 +1,4 @@
-"""From a grouping to a graph of regions: nodes put in order, groups moved into nested graphs, names from what they do."""
+"""From a grouping to a graph of regions: nodes put in order, groups moved into nested graphs and named."""
 
 from __future__ import annotations
 
@@ -47,5 +47,3 @@ def region_name(nodes: list[fx.Node], roles: Roles) -> str:
             words.append(word)
     more = ["more"] if len(words) > _LONGEST else []
     return "_".join([*words[:_LONGEST], *more]) or "view"
-
-

@@ -140,4 +140,6 @@ def _argument(value: Any, names: Names) -> str:
 
 
 def _annotations(node: fx.Node) -> str:
-    return f"  # layout: {node.meta['layout']}" if "layout" in node.meta else ""
+    """How the results lie in memory, where not in rows."""
+    layouts = node.meta.get("layouts", ())
+    return f" as {', '.join(layouts)}" if any(layout != "rows" for layout in layouts) else ""

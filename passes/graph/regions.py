@@ -1,8 +1,8 @@
 """Regions: nested graph modules that stand for one kernel, or for one constant computed at compile time.
 
 A region is a ``call_module`` node whose target is a GraphModule with one placeholder per operand. A region with one
-result returns it bare; one with several returns a tuple, read through ``operator.getitem``. The graph with regions still
-runs in eager PyTorch.
+result returns it bare; one with several returns a tuple, read through ``operator.getitem``. The graph with regions
+still runs in eager PyTorch.
 
 ``node.meta["region"]`` is a :class:`Region`.
 """

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from tilewright.passes.canonicalize import Canonicalize
-from tilewright.passes.graph.edit import insert
 from torch import nn
 from torch.export import Dim
 from torch.nn import functional as F
+
+from tilewright.passes.canonicalize import Canonicalize
+from tilewright.passes.graph.edit import insert
 
 aten = torch.ops.aten
 BATCH = Dim("batch", min=1, max=16)

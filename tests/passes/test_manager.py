@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from torch import nn
+
 from tilewright.passes.base import Pass
 from tilewright.passes.canonicalize import Canonicalize
 from tilewright.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
@@ -12,7 +14,6 @@ from tilewright.passes.fold_constants import FoldConstants
 from tilewright.passes.graph.edit import insert, replace
 from tilewright.passes.manager import PassManager
 from tilewright.runtime.errors import CompileError, NumericsError, UsageError
-from torch import nn
 
 aten = torch.ops.aten
 

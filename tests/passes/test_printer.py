@@ -1,9 +1,10 @@
 """The printed graph: names of symbols and constants, regions with their bodies."""
 
 import torch
+from torch import nn
+
 from tilewright.passes.graph.printer import show as show_module
 from tilewright.passes.graph.regions import Region, outline
-from torch import nn
 
 
 class Small(nn.Module):

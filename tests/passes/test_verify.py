@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from tilewright.passes.verify import TOLERANCES, check_outputs, error_of, same_type
 from tilewright.runtime.errors import NumericsError
 

@@ -6,7 +6,7 @@ submodule, so the traced operations carry the ONNX node's name as their module p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import onnx.inliner
 import torch
 from google.protobuf.message import DecodeError
 
-from ...runtime.errors import SourceError, TilewrightError, UnsupportedOperator
+from ...runtime.errors import ShapeError, SourceError, TilewrightError, UnsupportedOperator
 from . import onnx_ops as _operators
 from .onnx_ops.graph import GraphBody, OnnxNode, domain_of
 from .onnx_ops.host import LIMIT
@@ -67,6 +67,7 @@ class OnnxModule(GraphBody):
 
         Raises:
             SourceError: another number of inputs than the graph has.
+            ShapeError: an input of another rank, or sizes of one name that differ.
             UnsupportedOperator: while exporting, sizes that depend on the data of the inputs.
             CompileError: a node fails; names it.
         """
@@ -76,6 +77,7 @@ class OnnxModule(GraphBody):
             )
         if torch.compiler.is_exporting():
             _raise_all(self.path, list(_data_dependent(self)))
+        self._check_shapes(inputs)
         results = self.run({}, inputs)
         for name, result in zip(self.output_names, results, strict=True):
             if result is None or isinstance(result, list):
@@ -83,6 +85,22 @@ class OnnxModule(GraphBody):
                     f"output {name!r} of {self.path} is a sequence or empty; only tensors can be outputs"
                 )
         return {name: as_tensor(result) for name, result in zip(self.output_names, results, strict=True)}
+
+    def _check_shapes(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Ranks, and that sizes of one name are equal; while exporting this makes them one symbol from the start on."""
+        first: dict[str, tuple[str, int, Any]] = {}
+        for (name, (_, sizes)), tensor in zip(self.input_specs.items(), inputs, strict=True):
+            if tensor.dim() != len(sizes):
+                raise ShapeError(f"input {name!r} of {self.path} has {len(sizes)} axes, got {tensor.dim()}")
+            for axis, (label, size) in enumerate(zip(sizes, tensor.shape, strict=True)):
+                if isinstance(label, int):
+                    continue
+                other, place, known = first.setdefault(label, (name, axis, size))
+                if size != known:
+                    raise ShapeError(
+                        f"axis {axis} of input {name!r} and axis {place} of input {other!r} of {self.path} are both "
+                        f"{label!r}, but have sizes {size} and {known}"
+                    )
 
 
 def load_onnx(path: Path) -> OnnxModule:

@@ -92,10 +92,8 @@ def _bias(
         allowed = condition if allowed is None else allowed & condition
     if mask is None:
         return allowed
-    if not (isinstance(mask.shape[-1], int) and isinstance(keys, int) and mask.shape[-1] == keys):
-        missing = keys - mask.shape[-1]
-        if not (isinstance(missing, int) and missing == 0):
-            mask = F.pad(mask, (0, missing), value=False if mask.dtype == torch.bool else -math.inf)
+    if mask.shape[-1] != keys:  # a symbolic pair that is equal in the sample leaves a guard that it always is
+        mask = F.pad(mask, (0, keys - mask.shape[-1]), value=False if mask.dtype == torch.bool else -math.inf)
     if allowed is None:
         return mask
     if mask.dtype == torch.bool:
@@ -143,20 +141,22 @@ def rotary_embedding(
     flat = x.dim() == 3
     heads = _heads(x, node.get("num_heads"))
     size = node.get("rotary_embedding_dim", 0) or heads.shape[3]
-    turned, rest = heads[..., :size], heads[..., size:]
+    whole = size == heads.shape[3]
+    turned = heads if whole else heads[..., :size]
     if positions is not None:
         index = cast_to(positions, torch.int64)
         cos, sin = cos[index], sin[index]
-    cos, sin = (cache[..., : size // 2].unsqueeze(1) for cache in (cos, sin))
+    half = size // 2
+    cos, sin = (c.unsqueeze(1) if c.shape[-1] == half else c[..., :half].unsqueeze(1) for c in (cos, sin))
     if node.get("interleaved", 0):
         first, second = turned[..., 0::2], turned[..., 1::2]
     else:
-        first, second = turned[..., : size // 2], turned[..., size // 2 :]
+        first, second = turned[..., :half], turned[..., half:]
     real, imaginary = first * cos - second * sin, first * sin + second * cos
     if node.get("interleaved", 0):
         turned = torch.stack((real, imaginary), -1).flatten(-2)
     else:
         turned = torch.cat((real, imaginary), -1)
-    if node.get("rotary_embedding_dim", 0):
-        turned = torch.cat((turned, rest), -1)
+    if not whole:
+        turned = torch.cat((turned, heads[..., size:]), -1)
     return turned.transpose(1, 2).reshape(x.shape) if flat else turned

@@ -41,10 +41,10 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
 #define TW_TAP_INSIDE(r) a##r = w->image + (shift + tile->offset[r]);
 #define TW_TAP_BORDER(r) \
     a##r = tile->rows[r] >> i & tile->columns[r] >> j & 1 ? w->image + (shift + tile->offset[r]) : w->zeros;
-#define TW_DEFINE_CONVOLVE(ROWS) \
-    static __attribute__((unused, noinline)) void tw_convolve_##ROWS( \
+#define TW_DEFINE_CONVOLVE_AS(KIND, ROWS) \
+    static __attribute__((unused, noinline)) void tw_convolve##KIND##_##ROWS( \
         const tw_kernel_window *w, const tw_pixel_tile *tile, const float *b, float *sums) { \
-        TW_REPEAT_##ROWS(TW_ZERO) \
+        TW_REPEAT_##ROWS(TW_ZERO##KIND) \
         for (int64_t block = 0; block < w->blocks; block++) { \
             const int64_t depth = block + 1 < w->blocks ? 16 : w->last; \
             for (int64_t i = 0; i < w->kh; i++) { \
@@ -58,76 +58,120 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
                     } \
                     for (int64_t k = 0; k < depth; k++, b += TW_PANEL) { \
                         const tw_vec b0 = tw_load(b), b1 = tw_load(b + TW_LANES); \
-                        TW_REPEAT_##ROWS(TW_STEP) \
+                        (void)b1; \
+                        TW_REPEAT_##ROWS(TW_STEP##KIND) \
                     } \
                 } \
             } \
         } \
-        TW_REPEAT_##ROWS(TW_FINISH) \
+        TW_REPEAT_##ROWS(TW_FINISH##KIND) \
     }
+#define TW_DEFINE_CONVOLVE(ROWS) TW_DEFINE_CONVOLVE_AS(, ROWS)
 TW_FOR_EACH_ROWS(TW_DEFINE_CONVOLVE)
+#if TW_LANES == 16
+#define TW_DEFINE_CONVOLVE_NARROW(ROWS) TW_DEFINE_CONVOLVE_AS(_narrow, ROWS)
+TW_FOR_EACH_ROWS(TW_DEFINE_CONVOLVE_NARROW)
+#endif
 
 /* One tap, stride 1: the rows are 16 floats apart. */
 #define TW_POINTWISE_POINTER(r) const float *const a##r = a + r * 16;
-#define TW_DEFINE_POINTWISE(ROWS) \
-    static __attribute__((unused, noinline)) void tw_pointwise_##ROWS( \
+#define TW_DEFINE_POINTWISE_AS(KIND, ROWS) \
+    static __attribute__((unused, noinline)) void tw_pointwise##KIND##_##ROWS( \
         const tw_kernel_window *w, const float *a, const float *b, float *sums) { \
-        TW_REPEAT_##ROWS(TW_ZERO) \
+        TW_REPEAT_##ROWS(TW_ZERO##KIND) \
         for (int64_t block = 0; block < w->blocks; block++, a += w->plane) { \
             const int64_t depth = block + 1 < w->blocks ? 16 : w->last; \
             TW_REPEAT_##ROWS(TW_POINTWISE_POINTER) \
             for (int64_t k = 0; k < depth; k++, b += TW_PANEL) { \
                 const tw_vec b0 = tw_load(b), b1 = tw_load(b + TW_LANES); \
-                TW_REPEAT_##ROWS(TW_STEP) \
+                (void)b1; \
+                TW_REPEAT_##ROWS(TW_STEP##KIND) \
             } \
         } \
-        TW_REPEAT_##ROWS(TW_FINISH) \
+        TW_REPEAT_##ROWS(TW_FINISH##KIND) \
     }
+#define TW_DEFINE_POINTWISE(ROWS) TW_DEFINE_POINTWISE_AS(, ROWS)
 TW_FOR_EACH_ROWS(TW_DEFINE_POINTWISE)
+#if TW_LANES == 16
+#define TW_DEFINE_POINTWISE_NARROW(ROWS) TW_DEFINE_POINTWISE_AS(_narrow, ROWS)
+TW_FOR_EACH_ROWS(TW_DEFINE_POINTWISE_NARROW)
+#endif
 
-/* sums[pixels][32] = the convolution of the pixels of a tile with one packed panel. */
+/* sums[pixels][32] = the convolution of the pixels of a tile with one packed panel, of which at least the first
+ * `columns` are computed. */
 static inline void tw_convolve(
-    int64_t pixels, const tw_kernel_window *w, const tw_pixel_tile *tile, const float *b, float *sums) {
+    int64_t pixels, int64_t columns, const tw_kernel_window *w, const tw_pixel_tile *tile, const float *b, float *sums) {
+#if TW_LANES == 16
+    if (columns > 16) {
+        TW_SWITCH_ROWS(tw_convolve_, pixels, w, tile, b, sums)
+    } else {
+        TW_SWITCH_ROWS(tw_convolve_narrow_, pixels, w, tile, b, sums)
+    }
+#else
     TW_SWITCH_ROWS(tw_convolve_, pixels, w, tile, b, sums)
-#if TW_LANES * 2 < TW_PANEL
-    TW_SWITCH_ROWS(tw_convolve_, pixels, w, tile, b + 16, sums + 16)
+    if (columns > 16) {
+        TW_SWITCH_ROWS(tw_convolve_, pixels, w, tile, b + 16, sums + 16)
+    }
 #endif
 }
 
 /* The same for a kernel of one tap and stride 1; first is the first pixel of the tile. */
-static inline void tw_pointwise(int64_t pixels, const tw_kernel_window *w, int64_t first, const float *b, float *sums) {
+static inline void tw_pointwise(
+    int64_t pixels, int64_t columns, const tw_kernel_window *w, int64_t first, const float *b, float *sums) {
+#if TW_LANES == 16
+    if (columns > 16) {
+        TW_SWITCH_ROWS(tw_pointwise_, pixels, w, w->image + first * 16, b, sums)
+    } else {
+        TW_SWITCH_ROWS(tw_pointwise_narrow_, pixels, w, w->image + first * 16, b, sums)
+    }
+#else
     TW_SWITCH_ROWS(tw_pointwise_, pixels, w, w->image + first * 16, b, sums)
-#if TW_LANES * 2 < TW_PANEL
-    TW_SWITCH_ROWS(tw_pointwise_, pixels, w, w->image + first * 16, b + 16, sums + 16)
+    if (columns > 16) {
+        TW_SWITCH_ROWS(tw_pointwise_, pixels, w, w->image + first * 16, b + 16, sums + 16)
+    }
 #endif
 }
 
 /* sums[pixels][32] (+)= windows that slide along rows: pixel r, segment s (a channel and a row of taps) and tap j read
  * a[r*pixel_step + s*segment_step + j*tap_step]. */
 #define TW_SLIDE_POINTER(r) const float *const a##r = a + r * pixel_step;
-#define TW_DEFINE_SLIDE(ROWS) \
-    static __attribute__((unused, noinline)) void tw_slide_##ROWS( \
+#define TW_DEFINE_SLIDE_AS(KIND, ROWS) \
+    static __attribute__((unused, noinline)) void tw_slide##KIND##_##ROWS( \
         const float *a, int64_t pixel_step, int64_t segments, int64_t segment_step, int64_t taps, int64_t tap_step, \
         const float *b, float *sums, int resume) { \
-        TW_REPEAT_##ROWS(TW_ZERO) \
-        if (resume) { TW_REPEAT_##ROWS(TW_RESUME) } \
+        TW_REPEAT_##ROWS(TW_ZERO##KIND) \
+        if (resume) { TW_REPEAT_##ROWS(TW_RESUME##KIND) } \
         for (int64_t s = 0; s < segments; s++, a += segment_step) { \
             TW_REPEAT_##ROWS(TW_SLIDE_POINTER) \
             for (int64_t j = 0, k = 0; j < taps; j++, k += tap_step, b += TW_PANEL) { \
                 const tw_vec b0 = tw_load(b), b1 = tw_load(b + TW_LANES); \
-                TW_REPEAT_##ROWS(TW_STEP) \
+                (void)b1; \
+                TW_REPEAT_##ROWS(TW_STEP##KIND) \
             } \
         } \
-        TW_REPEAT_##ROWS(TW_FINISH) \
+        TW_REPEAT_##ROWS(TW_FINISH##KIND) \
     }
+#define TW_DEFINE_SLIDE(ROWS) TW_DEFINE_SLIDE_AS(, ROWS)
 TW_FOR_EACH_ROWS(TW_DEFINE_SLIDE)
+#if TW_LANES == 16
+#define TW_DEFINE_SLIDE_NARROW(ROWS) TW_DEFINE_SLIDE_AS(_narrow, ROWS)
+TW_FOR_EACH_ROWS(TW_DEFINE_SLIDE_NARROW)
+#endif
 
 static inline void tw_slide(
-    int64_t pixels, const float *a, int64_t pixel_step, int64_t segments, int64_t segment_step, int64_t taps,
-    int64_t tap_step, const float *b, float *sums, int resume) {
+    int64_t pixels, int64_t columns, const float *a, int64_t pixel_step, int64_t segments, int64_t segment_step,
+    int64_t taps, int64_t tap_step, const float *b, float *sums, int resume) {
+#if TW_LANES == 16
+    if (columns > 16) {
+        TW_SWITCH_ROWS(tw_slide_, pixels, a, pixel_step, segments, segment_step, taps, tap_step, b, sums, resume)
+    } else {
+        TW_SWITCH_ROWS(tw_slide_narrow_, pixels, a, pixel_step, segments, segment_step, taps, tap_step, b, sums, resume)
+    }
+#else
     TW_SWITCH_ROWS(tw_slide_, pixels, a, pixel_step, segments, segment_step, taps, tap_step, b, sums, resume)
-#if TW_LANES * 2 < TW_PANEL
-    TW_SWITCH_ROWS(tw_slide_, pixels, a, pixel_step, segments, segment_step, taps, tap_step, b + 16, sums + 16, resume)
+    if (columns > 16) {
+        TW_SWITCH_ROWS(tw_slide_, pixels, a, pixel_step, segments, segment_step, taps, tap_step, b + 16, sums + 16, resume)
+    }
 #endif
 }
 

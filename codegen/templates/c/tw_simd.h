@@ -82,6 +82,12 @@ static inline int64_t tw_loop_count(int64_t count) {
 #define TW_STEP(r) x##r += a##r[k] * b0, y##r += a##r[k] * b1;
 #define TW_FINISH(r) tw_store(sums + r * TW_PANEL, x##r), tw_store(sums + r * TW_PANEL + TW_LANES, y##r);
 
+/* The same for a panel of which only the first TW_LANES columns are wanted. */
+#define TW_ZERO_narrow(r) tw_vec x##r = {0};
+#define TW_RESUME_narrow(r) x##r = tw_load(sums + r * TW_PANEL);
+#define TW_STEP_narrow(r) x##r += a##r[k] * b0;
+#define TW_FINISH_narrow(r) tw_store(sums + r * TW_PANEL, x##r);
+
 /* sums[r][0..2*TW_LANES) (+)= sum over k < depth of a[r*stride + k] * b[k*32 + ...]; resume: continue what is in sums. */
 #define TW_ROW_POINTER(r) const float *const a##r = a + r * stride;
 #define TW_DEFINE_PRODUCT(ROWS) \

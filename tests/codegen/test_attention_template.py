@@ -1,0 +1,224 @@
+"""attention.c.jinja against torch.nn.functional.scaled_dot_product_attention in double precision."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tilewright.codegen.attention_blocks import attention_units, block_rows
+from tilewright.runtime import sizes
+
+EVERY = pytest.mark.parametrize(
+    ("target", "compiler"), [("v3", "gcc"), ("v4", "gcc"), ("v3", "zig"), ("v4", "zig")], ids=lambda text: text
+)
+BOTH = pytest.mark.parametrize("target", ["v3", "v4"])
+PRELUDE = """const float *restrict q = buf[0], *restrict k = buf[1], *restrict v = buf[2];
+float *restrict o = buf[3];
+const int64_t B = dim[0], H = dim[1], G = dim[2], SQ = dim[3], SK = dim[4];
+(void)B;"""
+MASKS = {
+    "none": (None, ""),
+    "additive": (
+        ("const float *restrict row = m + ((b * H + h) * SQ + i) * SK;", "score += row[j];"),
+        "const float *restrict m = buf[4];",
+    ),
+    "bool": (
+        ("const uint8_t *restrict row = m + (b * SQ + i) * SK;", "score = row[j] ? score : -INFINITY;"),
+        "const uint8_t *restrict m = buf[4];",
+    ),
+    "keys": (  # key padding, as encoders have it: one row of the mask per batch entry
+        ("const int64_t *restrict row = m + b * SK;", "score = row[j] != 0 ? score : score - 3.4028235e38f;"),
+        "const int64_t *restrict m = buf[4];",
+    ),
+}
+
+
+class Attention:
+    """A kernel for [B, H, S, D] tensors (or [B, S, H, D] with ``interleaved``)."""
+
+    def __init__(self, native, d, dv, target, compiler="gcc", causal=False, mask="none", interleaved=False, scale=None):
+        self.native, self.d, self.dv, self.interleaved = native, d, dv, interleaved
+        hole, declaration = MASKS[mask]
+
+        def row(name, head, heads, position, length, width):
+            if interleaved:
+                return f"{name} + ((b * {length} + {position}) * {heads} + {head}) * {width}"
+            return f"{name} + ((b * {heads} + {head}) * {length} + {position}) * {width}"
+
+        self.scale = d**-0.5 if scale is None else scale
+        source = native.render(
+            "attention.c.jinja",
+            name="attention",
+            prelude=PRELUDE + declaration,
+            B="B", HEADS="H", GROUP="G", SQ="SQ", SK="SK", D=d, DV=dv, rows=block_rows(d, dv),
+            scale=float(np.float32(self.scale)).hex() + "f",
+            causal=causal,
+            q_row=row("q", "h", "H", "i", "SQ", d),
+            k_row=row("k", "hk", "(H / G)", "j", "SK", d),
+            v_row=row("v", "hk", "(H / G)", "j", "SK", dv),
+            mask=native.Hole(*hole) if hole else None,
+            store=native.Hole(
+                f"float *restrict to = {row('o', 'h', 'H', 'i', 'SQ', dv)};", "to[d] = acc;"
+            ),
+        )  # fmt: skip
+        self.kernel = native.build(source, "attention", target, compiler)
+
+    def __call__(self, q, k, v, *mask, split=None):
+        b, h, sq, _ = q.shape
+        sk = k.shape[2]
+        order = (0, 2, 1, 3) if self.interleaved else (0, 1, 2, 3)
+        arrays = [np.ascontiguousarray(t.transpose(order)) for t in (q, k, v)]
+        out = np.full(np.array((b, h, sq, self.dv))[list(order)], np.nan, np.float32)
+        units = attention_units(b, h, sq, self.d, self.dv)
+        for begin, end in split or [(0, units)]:
+            assert self.kernel([*arrays, out, *mask], [b, h, h // k.shape[1], sq, sk], begin, end) == 0
+        return out.transpose(order)
+
+
+def inputs(b, h, hk, sq, sk, d, dv, seed=0):
+    generator = np.random.default_rng(seed)
+    shapes = ((b, h, sq, d), (b, hk, sk, d), (b, hk, sk, dv))
+    return [generator.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def reference(q, k, v, mask=None, causal=False, scale=None):
+    q, k, v = (torch.from_numpy(t).double() for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    if mask is not None and mask.dtype.is_floating_point:
+        mask = mask.double()
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale).numpy()
+
+
+def check(got, expected, scores=16):
+    """Means of values of size 1; a score of size ``scores`` is off by some units of its last place."""
+    np.testing.assert_allclose(got, expected, rtol=0, atol=scores * 2**-22 * max(1, np.abs(expected).max(initial=0)))
+
+
+SHAPES = [
+    # b, heads, key heads, sq, sk, d, dv
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 3, 3, 5, 7, 8, 8),
+    (1, 2, 2, 100, 33, 20, 32),
+    (1, 4, 2, 97, 129, 64, 64),
+    (2, 6, 2, 31, 300, 33, 17),
+    (1, 2, 1, 193, 128, 100, 70),
+    (1, 1, 1, 60, 65, 256, 256),
+    (1, 2, 2, 3, 257, 3, 130),
+]
+
+
+@BOTH
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_torch(native, target, shape):
+    q, k, v = inputs(*shape)
+    check(Attention(native, *shape[5:], target)(q, k, v), reference(q, k, v))
+
+
+@EVERY
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_interleaved_heads(native, target, compiler, causal):
+    """Rows of a head lie apart, as a fused projection leaves them."""
+    shape = (2, 6, 2, 130, 300, 33, 17)
+    q, k, v = inputs(*shape)
+    attention = Attention(native, *shape[5:], target, compiler, causal, interleaved=True)
+    check(attention(q, k, v), reference(q, k, v, causal=causal))
+
+
+@BOTH
+def test_dynamic_sizes(native, target):
+    """One kernel, any lengths: around the panels of 32, the blocks of 128 keys and the blocks of rows."""
+    for causal in (False, True):
+        attention = Attention(native, 16, 16, target, causal=causal)
+        for sq, sk in (
+            (1, 31),
+            (2, 32),
+            (31, 1),
+            (33, 95),
+            (96, 127),
+            (97, 128),
+            (191, 129),
+            (193, 161),
+            (0, 5),
+            (4, 0),
+        ):
+            q, k, v = inputs(1, 2, 2, sq, sk, 16, 16, seed=sq)
+            got = attention(q, k, v)
+            check(got, reference(q, k, v, causal=causal) if sk else np.zeros(got.shape))
+
+
+@BOTH
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_masks(native, target, causal):
+    b, h, sq, sk, d = 2, 3, 70, 150, 24
+    q, k, v = inputs(b, h, h, sq, sk, d, d)
+    generator = np.random.default_rng(1)
+    triangle = np.tril(np.ones((sq, sk), bool)) if causal else np.ones((sq, sk), bool)
+
+    additive = generator.standard_normal((b, h, sq, sk)).astype(np.float32) * 3
+    additive[generator.random(additive.shape) < 0.3] = -math.inf
+    additive[0, 1, 5] = -math.inf
+    seen = np.where(triangle, additive, -np.float32(math.inf))
+    got = Attention(native, d, d, target, causal=causal, mask="additive")(q, k, v, additive)
+    check(got, reference(q, k, v, torch.from_numpy(seen)))
+    assert (got[0, 1, 5] == 0).all()
+
+    allowed = generator.random((b, sq, sk)) < 0.5
+    allowed[:, :, :140] &= generator.random((b, sq, 1)) < 0.8  # rows whose first keys are all masked
+    allowed[1, 7] = False
+    got = Attention(native, d, d, target, causal=causal, mask="bool")(q, k, v, allowed.astype(np.uint8))
+    check(got, reference(q, k, v, torch.from_numpy(allowed & triangle)[:, None]))
+    assert (got[1, :, 7] == 0).all()
+
+    lengths = np.arange(sk) < np.array([[150], [41]])
+    got = Attention(native, d, d, target, causal=causal, mask="keys")(q, k, v, lengths.astype(np.int64))
+    check(got, reference(q, k, v, torch.from_numpy(lengths[:, None, None, :] & triangle)))
+
+
+@BOTH
+def test_large_and_special_scores(native, target):
+    """Scores beyond exp's range are fine; NaN and +infinity spoil their own row only."""
+    q, k, v = inputs(1, 1, 1, 100, 200, 32, 32)
+    attention = Attention(native, 32, 32, target, scale=100)
+    check(attention(q, k, v), reference(q, k, v, scale=100), scores=100 * 32)
+    mask = np.zeros((1, 1, 100, 200), np.float32)
+    mask[0, 0, 3, 77], mask[0, 0, 50, 199], mask[0, 0, 60, 0] = math.nan, math.inf, math.nan
+    mask[0, 0, 61] = -math.inf
+    mask[0, 0, 61, 130] = math.nan
+    mask[0, 0, 62] = np.finfo(np.float32).min
+    got = Attention(native, 32, 32, target, mask="additive")(q, k, v, mask)
+    bad = [3, 50, 60, 61]
+    good = np.setdiff1d(np.arange(100), bad)
+    assert np.isnan(got[0, 0, bad]).all()
+    check(got[0, 0, good], reference(q, k, v, torch.from_numpy(mask))[0, 0, good])
+
+
+@EVERY
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_a_row_has_the_same_bits_alone_and_in_company(native, target, compiler, causal):
+    d, dv, sk = 40, 48, 300
+    attention = Attention(native, d, dv, target, compiler, causal)
+    q, k, v = inputs(2, 4, 2, 250, sk, d, dv)
+    v[0, 0, 280] = np.nan  # also what a row does not reach must not depend on its company
+    whole = attention(q, k, v)
+    units = attention_units(2, 4, 250, d, dv)
+    assert units > 20
+    pieces = [(unit, unit + 1) for unit in reversed(range(units))]
+    np.testing.assert_array_equal(attention(q, k, v, split=pieces), whole)
+    np.testing.assert_array_equal(attention(q, k, v, split=[(0, 5), (5, 19), (19, units)]), whole)
+    np.testing.assert_array_equal(attention(q[1:], k[1:], v[1:]), whole[1:])
+    for rows in (1, 2, 97, 130):
+        np.testing.assert_array_equal(attention(q[:, :, :rows], k, v), whole[:, :, :rows])
+    if not causal:
+        np.testing.assert_array_equal(attention(q[:, :, 123:124], k, v), whole[:, :, 123:124])
+
+
+def test_units():
+    for d, dv in ((1, 1), (64, 64), (128, 128), (256, 256), (256, 1), (96, 64)):
+        rows, columns = block_rows(d, dv), -(-dv // 32) * 32
+        assert 12 <= rows <= 96
+        assert 4 * (rows * (d + columns + 128 + 2) + 32 * (d + columns)) <= 128 * 1024 - 4096, "scratch on the stack"
+    units = attention_units("batch", 12, "seq", 64, 64)
+    assert sizes.evaluate(units, {"batch": 2, "seq": 97}) == 2 * 12 * 2
+    with pytest.raises(ValueError, match="1 to 256"):
+        block_rows(257, 64)

@@ -12,7 +12,7 @@ What later passes and lowering may rely on:
   lowering's. Padding with a number is ``constant_pad_nd``.
 - Products: ``aten.linear.default(x, w, b)`` where the weight is a constant matrix ``[out, in]`` (possibly ``permute``
   of one), whatever it was written as (``mm``, ``addmm``, ``matmul``, rows flattened or not); ``aten.matmul.default``
-  for every other product (no ``mm``, ``bmm``, ``baddbmm``).
+  for every other product (no ``mm``, ``bmm``, ``baddbmm``, and ``einsum`` only for diagonals).
 - Convolutions: ``aten.convolution.default`` with all nine arguments explicit, for 1, 2 and 3 dimensions, transposed or
   not; inputs have a batch axis; an uneven ``"same"`` padding is a ``constant_pad_nd`` before it.
 - Norms: ``aten.batch_norm.default`` in inference mode, ``layer_norm``, ``group_norm``, ``rms_norm`` (no ``native_*``).
@@ -35,6 +35,7 @@ from torch import fx
 
 from .base import Pass, Report
 from .canonical_arithmetic import ARITHMETIC
+from .canonical_einsum import EINSUM
 from .canonical_factories import FACTORIES
 from .canonical_products import PRODUCTS
 from .canonical_views import VIEWS
@@ -44,7 +45,7 @@ from .graph.query import is_assertion, remove_unused, supersede
 # A rule looks at one call and returns what stands for it, in words what it did, or None where it does not apply.
 Rule = Callable[[fx.Node], tuple[fx.Node, str] | None]
 RULES: dict[object, list[Rule]] = {}
-for _table in (VIEWS, FACTORIES, ARITHMETIC, PRODUCTS):
+for _table in (VIEWS, FACTORIES, ARITHMETIC, EINSUM, PRODUCTS):
     for _target, _rules in _table.items():
         RULES.setdefault(_target, []).extend(_rules)
 

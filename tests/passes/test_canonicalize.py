@@ -264,6 +264,58 @@ def test_other_products_are_matmul(canonical):
     assert canonical(lambda x: F.linear(x[0], x[1]), X)[-2:] == ["aten.permute", "aten.matmul"]
 
 
+EQUATIONS = {
+    "bsd,de->bse": (["batch", "seq", 8], [8, 6]),
+    "bqhd,bkhd->bhqk": (["batch", "seq", 2, 4], ["batch", "seq", 2, 4]),
+    "bhqk,bkhd->bqhd": (["batch", 2, "seq", "seq"], ["batch", "seq", 2, 4]),
+    "btd,dhk->bthk": (["batch", "seq", 8], [8, 2, 4]),
+    "bthk,hkd->btd": (["batch", "seq", 2, 4], [2, 4, 8]),
+    "...i,...j->...ij": (["batch", "seq", 3], ["batch", "seq", 5]),
+    "...i,ij": (["batch", "seq", 3], [3, 5]),
+    "i,j->ji": (["batch"], ["seq"]),
+    "bi,bi->b": (["batch", 8], ["batch", 8]),
+    "bi,bi->": (["batch", 8], ["batch", 8]),
+    "bsd->db": (["batch", "seq", 8],),
+    "bi,ij,bj->b": (["batch", 4], [4, 5], ["batch", 5]),
+    "bij,bjk,bkl->bil": (["batch", "seq", 3], ["batch", 3, 4], ["batch", 4, "seq"]),
+    "nc,ncs->ns": (["batch", 4], ["batch", 4, "seq"]),
+    "bsk,s->bk": (["batch", "seq", 3], ["seq"]),
+}
+
+
+def test_einstein_sums_are_products(exported, run_pass, targets):
+    """All in one program, whose inputs of symbolic sizes are cut from two."""
+    generator = torch.Generator().manual_seed(3)
+    static = {}
+
+    class Sums(nn.Module):
+        def forward(self, x):
+            batch, seq = x.shape
+            names = {"batch": batch, "seq": seq}
+            results = []
+            for index, (equation, shapes) in enumerate(EQUATIONS.items()):
+                operands = []
+                for place, shape in enumerate(shapes):
+                    sizes = [names.get(size, size) for size in shape]
+                    full = static.setdefault((index, place), torch.randn([9] * len(sizes), generator=generator))
+                    for axis, size in enumerate(sizes):
+                        full = full.narrow(axis, 0, size)
+                    operands.append(full * x.sum() if place == 0 else full)
+                results.append(torch.einsum(equation, *operands))
+            return tuple(results)
+
+    shapes = {"x": {0: Dim("batch", min=1, max=9), 1: Dim("seq", min=1, max=9)}}
+    Sums()(torch.randn(3, 5))
+    program = exported(Sums(), torch.randn(3, 5), dynamic_shapes=shapes)
+    run_pass(Canonicalize(), program, [torch.randn(1, 7)])
+    assert "aten.einsum" not in targets(program)
+
+
+def test_diagonals_and_stretched_axes_stay_einsum(canonical):
+    assert canonical(lambda x: torch.einsum("bii->bi", x), torch.randn(2, 3, 3)) == ["aten.einsum"]
+    assert "aten.einsum" in canonical(lambda x: torch.einsum("bi,bi->bi", x, x[:1]), torch.randn(2, 3))
+
+
 @pytest.mark.parametrize(
     ("layer", "shape", "expected"),
     [

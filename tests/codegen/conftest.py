@@ -158,6 +158,14 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
     return Native(tmp_path_factory.mktemp("native"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread():
+    """References are small: several threads would only wait for each other on a busy machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def aligned(shape: Sequence[int] | int, fill: float = np.nan) -> np.ndarray:
     """A float32 array on a 64-byte boundary, filled with ``fill`` so that elements never written show."""
     count = int(np.prod(shape))

@@ -94,6 +94,7 @@ def from_exported(
     names = list(input_names) if input_names is not None else input_names_of(exported)
     refuse_training(exported.graph)
     codes = list(getattr(exported, "_guards_code", ()))
+    own_sample = sample is None
     if sample is None and exported.example_inputs is not None:
         args, kwargs = exported.example_inputs
         leaves = pytree.tree_leaves((args, kwargs))
@@ -116,7 +117,12 @@ def from_exported(
     program.symbols = symbols
     ranges = {symbol: (bounds.minimum, bounds.maximum) for symbol, bounds in symbols.items()}
     program.guards = essential(assumed, ranges)
-    program.sample = tuple(sample) if sample is not None else tuple(made_up(value) for value in values)
+    tensors = dict(zip(names, sample if sample is not None else map(made_up, values), strict=True))
+    if shapes is not None:
+        if own_sample:
+            tensors = shapes.fit(tensors)
+        shapes.sizes(tensors)
+    program.sample = tuple(tensors.values())
     return program
 
 

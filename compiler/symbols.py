@@ -45,6 +45,8 @@ def name_symbols(
     first: dict[sympy.Symbol, str] = {}
     for name, value in values.items():
         axes = spec.inputs.get(name)
+        if axes is not None and len(axes) != len(value.shape):
+            raise UsageError(f"input {name!r} has {len(value.shape)} axes, but {len(axes)} dimensions were given")
         for index, size in enumerate(value.shape):
             expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
             place = f"axis {index} of input {name!r}"

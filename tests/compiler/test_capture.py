@@ -604,6 +604,7 @@ def test_exported_programs_need_bounds_and_take_names():
         ({"x": "n:1..99,2"}, "exported for 3..8"),
         ({"x": "n:4..8,m:1..4"}, "declared dynamic, but it is fixed at 2"),
         ({"x": "n:4..8,3"}, "declared as 3, but it is fixed at 2"),
+        ({"x": "n:4..8"}, "has 2 axes, but 1 dimensions were given"),
         ({"x": "2*n:2..4,2"}, "of the form 1\\*n"),
     ],
 )

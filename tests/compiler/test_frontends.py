@@ -242,6 +242,10 @@ def test_exported_files(saved):
     x = torch.randn(5, 4)
     torch.testing.assert_close(program.run((x,))[0], module(x).detach())
     assert len(constants(program)) == 3, "tied weights stay one constant"
+    (narrow,) = open_source(path, shapes={"input": "batch:1..2,4"})
+    assert narrow.sample[0].shape == (2, 4), "the program's own example had three rows"
+    with pytest.raises(UsageError, match="size 7 in the sample, outside 'batch:1..2'"):
+        open_source(path, (torch.ones(7, 4),), shapes={"input": "batch:1..2,4"})
     with pytest.raises(UsageError, match="--shape input=batch:1..64,4"):
         open_source(path)
     with pytest.raises(UsageError, match="no input is called 'x'; the program's inputs are: input"):

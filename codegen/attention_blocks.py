@@ -6,7 +6,7 @@ from ..runtime.sizes import Size, ceildiv, mul
 
 PANEL = 32
 KEYS = 128
-"""Keys between two updates of a row's maximum and sum."""
+"""Keys between two updates of a row's maximum and sum; the template repeats the number."""
 
 _MOST_ROWS = 96
 _TILE = 12

@@ -4,6 +4,7 @@ import sys
 import time
 
 import pytest
+
 from tilewright.codegen.cache import Cache, key_of, parse_size, user_cache
 from tilewright.runtime.errors import UsageError
 

@@ -6,6 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+
 from tilewright.codegen.targets import parse
 from tilewright.codegen.toolchain import COMPILE_FLAGS, INCLUDE_DIRECTORY, find_compiler
 

@@ -1,6 +1,7 @@
 import itertools
 
 import pytest
+
 from tilewright.codegen.targets import BASES, best, known, parse, parse_list
 from tilewright.runtime.errors import UsageError
 

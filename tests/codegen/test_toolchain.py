@@ -2,6 +2,7 @@ import ctypes
 import warnings
 
 import pytest
+
 from tilewright.codegen import elf
 from tilewright.codegen.cache import Cache
 from tilewright.codegen.targets import GLIBC_FLOOR, parse

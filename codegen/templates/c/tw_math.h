@@ -6,8 +6,8 @@
  * versions call libm, and so do the rarely used inverse and hyperbolic functions.
  *
  * "ULP" is the greatest error found over all magnitudes against a double reference, in units of the last place of the
- * correctly rounded float; tests/codegen/test_math_header.py measures it. Polynomials are minimax fits on the interval of
- * the reduced argument (Remez exchange in 40-digit arithmetic).
+ * correctly rounded float; tests/codegen/test_math_header.py measures it. Polynomials are minimax fits on the interval
+ * of the reduced argument (Remez exchange in 40-digit arithmetic).
  */
 #ifndef TW_MATH_H
 #define TW_MATH_H
@@ -221,8 +221,8 @@ static inline float tw_gelu_f32(float x) {
     return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
-/* x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, written as x sigmoid(2 ...). The error is below 3 units of x * 2^-24.
-   NaN at -infinity as in PyTorch. */
+/* x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, written as x sigmoid(2 ...). The error is below 3 units of
+   x * 2^-24. NaN at -infinity as in PyTorch. */
 static inline float tw_gelu_tanh_f32(float x) {
     return x * tw_sigmoid_f32(x * __builtin_fmaf(x * x, 0x1.2444f2p-4f, 0x1.988454p0f));
 }
@@ -293,8 +293,8 @@ static inline float tw_remainder_f32(float a, float b) {
     return ((r != 0.0f) & ((r < 0.0f) != (b < 0.0f))) ? r + b : r;
 }
 
-/* The floor of the exact quotient (rounding a / b first can give one too many), as torch.floor_divide. a / 0 is infinite
-   or NaN. */
+/* The floor of the exact quotient (rounding a / b first can give one too many), as torch.floor_divide. a / 0 is
+   infinite or NaN. */
 static inline float tw_floordiv_f32(float a, float b) {
     const float quotient = a / b, r = fmodf(a, b);
     float whole = (a - r) / b;

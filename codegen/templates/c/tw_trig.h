@@ -1,10 +1,10 @@
 /* Sine and cosine of floats over their whole range, without branches.
  *
  * Both paths of the reduction give a quadrant and a rest in [-pi/4, pi/4] as a double. Below 2^24 the multiple of pi/2
- * is taken out with fused multiply-adds; the first difference is exact. From 2^24 on the float is an integer m * 2^e, and
- * m times the bits of 2/pi from bit e on gives quadrant and fraction (M. Payne and R. Hanek, "Radian reduction for
- * trigonometric functions", SIGNUM Newsletter 18, 1983). No float is closer than 2^-30 to a multiple of pi/2, so 62 bits
- * of fraction are plenty.
+ * is taken out with fused multiply-adds; the first difference is exact. From 2^24 on the float is an integer m * 2^e,
+ * and m times the bits of 2/pi from bit e on gives quadrant and fraction (M. Payne and R. Hanek, "Radian reduction for
+ * trigonometric functions", SIGNUM Newsletter 18, 1983). No float is closer than 2^-30 to a multiple of pi/2, so 62
+ * bits of fraction are plenty.
  *
  * Greatest error measured over all magnitudes: 1.6 ULP. Infinities give NaN.
  */

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from ..runtime.errors import CompileError
 from ..runtime.sizes import Size
 from .interpret import Env, interpret, result_values
 from .kernel import KernelCode, Parameter
@@ -126,6 +127,9 @@ def region_of(task: Task, kernel: Kernel) -> Region:
 
 def loop_family(task: Task) -> Sequence[Made]:
     """Everything that is an index function of its operands."""
+    if any(result.shape != task.results[0].shape for result in task.results):
+        shapes = ", ".join(str(result.shape) for result in task.results)
+        raise CompileError(f"{task.node}: the results of one loop kernel must have one shape, not {shapes}")
     used = _used_placeholders(task)
     unread = [node for node in task.placeholders() if node not in used]
     frame = Frame(task, skip=unread)

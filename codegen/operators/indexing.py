@@ -76,6 +76,17 @@ def _index(region: Region, node: fx.Node, a: Value, indices: Sequence[Value | No
     return Value(shape, a.dtype, at)
 
 
+@lowers(*overloads("one_hot"), role="gather")
+def _one_hot(region: Region, node: fx.Node, ids: Value, *args: Any) -> Value:
+    builder = region.builder
+
+    def at(index: tuple[Size, ...], mask: Mask) -> Expr:
+        hit = builder.call("eq", "bool", ids.at(index[:-1], mask), builder.index(index[-1], ids.dtype))
+        return builder.cast(hit, "int64")
+
+    return Value(region.shape(node), "int64", at)
+
+
 @lowers(*overloads("slice_scatter"), role="pointwise")
 def _slice_scatter(
     region: Region, node: fx.Node, a: Value, src: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1

@@ -56,11 +56,11 @@ for _op, _names in {
     "atan2": ("atan2",),
     "fmod": ("fmod.Tensor", "fmod.Scalar"),
     "remainder": ("remainder.Tensor", "remainder.Scalar"),
-    "bitand": ("bitwise_and.Tensor", "bitwise_and.Scalar"),
-    "bitor": ("bitwise_or.Tensor", "bitwise_or.Scalar"),
-    "bitxor": ("bitwise_xor.Tensor", "bitwise_xor.Scalar"),
-    "shl": ("bitwise_left_shift.Tensor", "__lshift__.Scalar"),
-    "shr": ("bitwise_right_shift.Tensor", "__rshift__.Scalar"),
+    "bitand": ("bitwise_and.Tensor", "bitwise_and.Scalar", "__and__.Tensor", "__and__.Scalar"),
+    "bitor": ("bitwise_or.Tensor", "bitwise_or.Scalar", "__or__.Tensor", "__or__.Scalar"),
+    "bitxor": ("bitwise_xor.Tensor", "bitwise_xor.Scalar", "__xor__.Tensor", "__xor__.Scalar"),
+    "shl": ("bitwise_left_shift.Tensor", "bitwise_left_shift.Tensor_Scalar", "__lshift__.Scalar", "__lshift__.Tensor"),
+    "shr": ("bitwise_right_shift.Tensor", "bitwise_right_shift.Tensor_Scalar", "__rshift__.Scalar", "__rshift__.Tensor"),
 }.items():
     lowers(*overloads(*_names), role="pointwise")(_binary(_op))
 

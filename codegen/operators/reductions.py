@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 
 from ...runtime import sizes
+from ...runtime.errors import CompileError
 from ...runtime.sizes import Size
 from ..expr import COMPUTE_DTYPE, Expr
 from ..registry import Region, lowers, overloads
@@ -114,6 +116,38 @@ def _variance(region: Region, node: fx.Node, a: Value, dim: Any = None, *args: A
         )
         value = builder.call("div", compute, total.at(index, mask), count)
         return builder.call("sqrt", compute, value) if "std" in str(node.target) else value
+
+    return Value(total.shape, dtype, at)
+
+
+@lowers(*overloads("linalg_vector_norm", "norm.ScalarOpt_dim", "norm.Scalar"), role="reduction")
+def _vector_norm(
+    region: Region, node: fx.Node, a: Value, order: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Value:
+    """``sum(|a|^order)^(1/order)``, the largest or smallest magnitude for infinite orders."""
+    dtype = region.dtype(node)
+    compute = COMPUTE_DTYPE.get(dtype, dtype)
+    builder = region.builder
+    order = 2.0 if order is None else float(order)
+    if order == 0:
+        raise CompileError("the norm of order 0 is not supported; count with (x != 0).sum() instead")
+    magnitude = math.isinf(order) or order == 1
+
+    def power(index: tuple[Size, ...], mask: Mask) -> Expr:
+        value = builder.cast(a.at(index, mask), compute)
+        if order == 2:
+            return builder.call("mul", compute, value, value)
+        value = builder.call("abs", compute, value)
+        return value if magnitude else builder.call("pow", compute, value, builder.const(order, compute))
+
+    op = ("max" if order > 0 else "min") if math.isinf(order) else "sum"
+    total = reduce(region, Value(a.shape, compute, power), _axes(dim, len(a.shape)), op, compute, keep=keepdim)
+
+    def at(index: tuple[Size, ...], mask: Mask) -> Expr:
+        value = total.at(index, mask)
+        if order == 2:
+            return builder.call("sqrt", compute, value)
+        return value if magnitude else builder.call("pow", compute, value, builder.const(1 / order, compute))
 
     return Value(total.shape, dtype, at)
 

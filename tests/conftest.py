@@ -1,0 +1,134 @@
+"""What all tests share: compiling a small module into an artifact and comparing it with PyTorch."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tilewright
+from tilewright.codegen import targets
+from tilewright.codegen.artifact import write_artifact
+from tilewright.codegen.cache import user_cache
+from tilewright.codegen.generate import Generated, build_kernels, generate
+from tilewright.codegen.interpret import is_size
+from tilewright.codegen.roles import fusion_roles
+from tilewright.codegen.toolchain import find_compiler
+from tilewright.compiler.capture import capture
+from tilewright.passes.graph.program import Program
+from tilewright.passes.graph.regions import Region, outline
+from tilewright.passes.manager import PassManager
+from tilewright.passes.pipeline import pipeline
+from tilewright.runtime import cpu
+from tilewright.runtime.model import Model
+
+torch.set_num_threads(1)  # the workers share two cores
+
+
+@pytest.fixture(scope="session")
+def isolate() -> Callable[[Program], Program]:
+    """One region per operator: the program as it is, without any pass."""
+
+    def run(program: Program) -> Program:
+        roles = fusion_roles()
+        for node in list(program.graph.nodes):
+            if node.op != "call_function" or is_size(node) or node.target is operator.getitem:
+                continue
+            family = roles.anchors[node.target].family if node.target in roles.anchors else "loop"
+            region = Region("kernel", family)
+            if not isinstance(node.meta["val"], tuple | list):
+                outline(program.module, [node], region, f"region_{node.name}")
+                continue
+            for item in list(node.users):  # one kernel per result: they may differ in shape
+                with program.graph.inserting_before(item):
+                    clone = program.graph.node_copy(node)
+                item.replace_input_with(node, clone)
+                outline(program.module, [clone, item], region, f"region_{item.name}")
+            program.graph.erase_node(node)
+        program.graph.lint()
+        program.module.recompile()
+        return program
+
+    return run
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Iterator[Callable[..., Model]]:
+    """Generate, compile and load programs that consist of regions."""
+    models: list[Model] = []
+
+    def run(programs: Sequence[Program], target: str = "cpu", threads: int = 2) -> Model:
+        generated: Generated = generate(programs)
+        chosen = [targets.parse(target, cpu.features())]
+        binaries = build_kernels(generated, chosen, find_compiler(), user_cache())
+        path = write_artifact(
+            tmp_path / f"model{len(models)}.tw",
+            plans=generated.plans,
+            constants=generated.constants,
+            targets=binaries,
+            info={},
+        )
+        models.append(tilewright.load(path, threads=threads))
+        return models[-1]
+
+    yield run
+    for model in models:
+        model.close()
+
+
+@pytest.fixture
+def compiled(build: Callable[..., Model], isolate: Callable[[Program], Program]) -> Callable[..., Model]:
+    """Compile a module, with all passes or (``passes=False``) with every operator on its own."""
+
+    def run(
+        module: torch.nn.Module, args: Sequence[Any], shapes: Any = None, *, passes: bool = True, target: str = "cpu"
+    ) -> Model:
+        program = capture("main", module.eval(), args, {}, shapes)
+        if passes:
+            PassManager(pipeline(fusion_roles())).run(program)
+        else:
+            isolate(program)
+        return build([program], target)
+
+    return run
+
+
+def flatten(result: Any) -> list[Any]:
+    """The tensors or arrays of a result, in order."""
+    if isinstance(result, dict):
+        return [leaf for value in result.values() for leaf in flatten(value)]
+    if isinstance(result, tuple | list):
+        return [leaf for value in result for leaf in flatten(value)]
+    return [result]
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """Compare a compiled model with PyTorch in double precision: max|a-b| / max|ref| per output."""
+
+    def check(model: Model, module: torch.nn.Module, inputs: Sequence[torch.Tensor], tolerance: float = 2e-6) -> None:
+        with torch.no_grad():
+            expected = flatten(module(*inputs))
+        got = flatten(model(*[tensor.numpy() for tensor in inputs]))
+        assert len(expected) == len(got)
+        for position, (want, have) in enumerate(zip(expected, got, strict=True)):
+            reference = want.numpy()
+            assert have.shape == reference.shape, (position, have.shape, reference.shape)
+            assert have.dtype == reference.dtype, (position, have.dtype, reference.dtype)
+            if reference.dtype.kind in "biu":
+                np.testing.assert_array_equal(have, reference, err_msg=f"output {position}")
+                continue
+            np.testing.assert_array_equal(np.isnan(have), np.isnan(reference), err_msg=f"output {position}: NaN")
+            finite = np.isfinite(reference)
+            np.testing.assert_array_equal(have[~finite], reference[~finite], err_msg=f"output {position}: infinities")
+            if finite.any():
+                scale = max(float(np.abs(reference[finite]).max()), 1e-30)
+                error = float(np.abs(have[finite].astype(np.float64) - reference[finite]).max()) / scale
+                assert error <= tolerance, f"output {position}: error {error:.2e} > {tolerance:.0e}"
+
+    return check

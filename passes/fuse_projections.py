@@ -91,14 +91,14 @@ def _refusal(projection: Projection) -> str | None:
     weight, bias = projection.weight, projection.bias
     if not is_constant(weight):
         return f"its weight {weight.name} is {'quantized' if _quantized(weight) else 'not constant'}"
-    for constant in (weight, bias):
-        other = None if constant is None else _other_user(constant, projection.node)
-        if constant is not None and other is not None:
+    if bias is not None and not is_constant(bias):
+        return f"its bias {bias.name} is not constant"
+    for constant in (weight,) if bias is None else (weight, bias):
+        other = _other_user(constant, projection.node)
+        if other is not None:
             return f"{constant.name} is also used by {other.name}; joined, it would be stored twice"
     if bias is None:
         return None
-    if not is_constant(bias):
-        return f"its bias {bias.name} is not constant"
     if len(tensor_shape(bias)) != 1 or tensor_shape(bias)[0] != projection.width or dtype_of(bias) != dtype_of(weight):
         return f"its bias {bias.name} is no vector of the weight's width and dtype"
     return None

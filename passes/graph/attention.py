@@ -94,14 +94,20 @@ class Operand:
                 operand = Operand(node, (0, 1, *(axis + 1 for axis in operand.order[1:])), batch)
             elif operand.unfold and (source := folded(node, operand.unfold[1])) is not None:
                 operand = Operand(source, operand.order)
+            elif operand.unfold and swap is not None and swap[0] == 0:
+                inner = node.args[0]
+                order = tuple(axis if axis < 2 else swap[axis - 1] + 1 for axis in operand.order)
+                operand = Operand(inner, order, operand.unfold)
+            elif operand.unfold is None and operand.rank == 4 and (inner := unfolded(node)) is not None:
+                operand = Operand(inner, operand.order, (node, tensor_shape(node)[:2]))
             else:
                 return operand, factor
 
     def unrepeated(self) -> tuple[Operand, int]:
         """Without the repetition of heads (axis 1 of four), and how often each was repeated."""
-        if self.rank != 4 or self.unfold:
+        if self.rank != 4:
             return self, 1
-        inner = repeated(self.node, self.order[1])
+        inner = repeated(self.node, self.order[1], self.unfold[1] if self.unfold else None)
         if inner is None:
             return self, 1
         return Operand(inner[0], self.order).simplified(factors=False)[0], inner[1]
@@ -173,9 +179,26 @@ def folded(node: Any, batch: tuple[Any, ...]) -> fx.Node | None:
     return source if len(shape) == 4 and same_shape(shape, (*batch, *tensor_shape(node)[1:])) else None
 
 
-def repeated(node: Any, axis: int) -> tuple[fx.Node, int] | None:
-    """The value of which a node repeats each entry along an axis, and how often."""
+def unfolded(node: Any) -> fx.Node | None:
+    """The value with one batch axis of which a node is the view with two."""
+    if not is_op(node, VIEWS):
+        return None
+    source: Any = without_copies(node.args[0])
+    shape = tensor_shape(source)
+    return source if len(shape) == 3 and same_shape(shape[1:], tensor_shape(node)[2:]) else None
+
+
+def repeated(node: Any, axis: int, batch: tuple[Any, ...] | None = None) -> tuple[fx.Node, int] | None:
+    """The value of which a node repeats each entry along an axis, and how often.
+
+    Args:
+        node: the repeated value.
+        axis: which axis of it.
+        batch: the two batch axes that the node's first axis stands for, if it does.
+    """
     node = without_copies(node)
+    if batch is not None and not is_op(node, VIEWS):
+        return None
     if is_op(node, aten.repeat_interleave.self_int):
         times, along = node.args[1], argument(node, 2, "dim")
         source: Any = node.args[0]
@@ -187,7 +210,7 @@ def repeated(node: Any, axis: int) -> tuple[fx.Node, int] | None:
     if not is_op(node, VIEWS):
         return None
     wide = without_copies(node.args[0])
-    shape = tensor_shape(node)
+    shape = tensor_shape(node) if batch is None else (*batch, *tensor_shape(node)[1:])
     if not is_op(wide, aten.expand.default) or len(tensor_shape(wide)) != len(shape) + 1:
         return None
     found = _expanded(wide, axis + 1, 1)

@@ -12,7 +12,8 @@ from torch import fx
 
 from .attention import Scores
 from .edit import insert, tensor_shape
-from .index_values import CAUSAL, Choice, Test, Value, value_at
+from .index_rules import value_at
+from .index_values import CAUSAL, Choice, Test, Value
 from .masks import always_finite, is_causal, negligible, shows_each_row_something, shows_everything
 from .match import aten, dtype_of, is_op, position_after
 

@@ -104,7 +104,7 @@ REFUSED = {
 def test_says_why(name, exported, refusals):
     function, reason = REFUSED[name]
     reasons = refusals(FuseProjections(), exported(Shared(function), torch.randn(8, 8)))
-    assert [reason in text for text in reasons[:1]] == ([True] if reason else [])
+    assert [reason in text for text in reasons[:1]] == ([True] if reason else []), reasons
 
 
 def test_refuses_a_bias_of_another_dtype(exported):

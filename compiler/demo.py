@@ -93,7 +93,6 @@ def run_demo(
 
     Raises:
         SourceError: the package with the model is not installed.
-        NumericsError: never; see :func:`require_agreement`.
     """
     report = progress or (lambda phase, detail: None)
     folder = model_folder()
@@ -146,7 +145,9 @@ def model_folder() -> Path:
     """
     found = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if found is None or found.origin is None:
-        raise SourceError(f"the demo's model is in the package {PACKAGE}, which is not installed; pip install {PACKAGE}")
+        raise SourceError(
+            f"the demo's model is in the package {PACKAGE}, which is not installed; pip install {PACKAGE}"
+        )
     return Path(found.origin).parent / "model"
 
 
@@ -193,13 +194,15 @@ def _cases(folder: Path, inputs: dict[str, np.ndarray], query: str) -> list[dict
 
 
 def _time(model: Model, reference: Callable[..., Any], inputs: dict[str, np.ndarray], repeat: int) -> Timing:
+    """Both in turns. The first call of a turn is not counted: threads of the other may still be waiting actively."""
     seconds: tuple[list[float], list[float]] = ([], [])
     calls = (lambda: model(**inputs), lambda: reference(inputs))
-    for round_ in range(repeat + 3):
+    for turn in range(-(-repeat // 2) + 1):
         for call, times in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
             call()
-            if round_ >= 3:  # the first ones warm up
+            for _ in range(2 if turn else 0):  # the first turn warms up
+                start = time.perf_counter()
+                call()
                 times.append(time.perf_counter() - start)
     batch, tokens = inputs["input_ids"].shape
     return Timing(batch, tokens, median(seconds[0]), median(seconds[1]))

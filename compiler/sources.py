@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +89,7 @@ def read_samples(path: Path) -> dict[str, torch.Tensor]:
             raise ValueError("it is a single array")
         with loaded as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (ValueError, OSError, TypeError, EOFError) as error:
+    except (ValueError, OSError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path} is no .npz file of plain arrays: {str(error).splitlines()[0]}") from error
 
 

@@ -1,7 +1,7 @@
 """The command line, ``tilewright COMMAND``: one file per command.
 
-Command files import only click and what is as light; numpy, rich, the runtime and the compiler are imported when a command
-runs. ``run``, ``bench``, ``inspect`` and ``doctor`` work without PyTorch.
+Command files import only click and what is as light; numpy, rich, the runtime and the compiler are imported when a
+command runs. ``run``, ``bench``, ``inspect`` and ``doctor`` work without PyTorch.
 """
 
 from __future__ import annotations

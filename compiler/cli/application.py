@@ -116,5 +116,5 @@ def _choose_warnings() -> None:
     if _debugging():
         return
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("default", module=r"tilewright(\.|$)")
+    warnings.filterwarnings("default", category=UserWarning, module=r"tilewright(\.|$)")
     warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)

@@ -40,7 +40,9 @@ def read_inputs(texts: Sequence[str], plan: Plan) -> dict[str, np.ndarray]:
                 raise UsageError(f"{text}: input {name!r} was given twice")
             found[name] = _as_bfloat16(array, name) if ports[name].dtype == "bfloat16" else array
     if missing := [name for name in ports if name not in found]:
-        raise UsageError(f"no data for input {', '.join(missing)}; entry {plan.entry!r} takes {_listing(plan)}; {FORMS}")
+        raise UsageError(
+            f"no data for input {', '.join(missing)}; entry {plan.entry!r} takes {_listing(plan)}; {FORMS}"
+        )
     return found
 
 
@@ -104,7 +106,9 @@ def check_output_file(path: Path, ports: Sequence[Port]) -> None:
         raise UsageError(f"{path}: outputs are written as .npz, or as .npy where there is only one")
     if path.suffix == ".npy" and len(ports) != 1:
         names = ", ".join(port.name for port in ports)
-        raise UsageError(f"{path}: an .npy file holds one array, but there are {len(ports)} outputs ({names}); use .npz")
+        raise UsageError(
+            f"{path}: an .npy file holds one array, but there are {len(ports)} outputs ({names}); use .npz"
+        )
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"{path}: {'is a folder' if path.is_dir() else f'there is no folder {path.parent}'}")
 
@@ -147,7 +151,9 @@ def _read(text: str, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
                 raise UsageError(f"{path} holds several arrays by name; give it without '{name}='")
             yield from [(key, arrays[key]) for key in arrays.files]
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
-        raise UsageError(f"{path} is no .npy or .npz file of plain arrays: {str(error).partition(chr(10))[0]}") from None
+        raise UsageError(
+            f"{path} is no .npy or .npz file of plain arrays: {str(error).partition(chr(10))[0]}"
+        ) from None
 
 
 def _as_bfloat16(array: np.ndarray, name: str) -> np.ndarray:

@@ -76,9 +76,7 @@ def bench(
             "inputs": origin,
         }
     if as_json:
-        emit_json(
-            setting | {"latency": _latency(latency), "kernels": [_kernel(item, latency.p50) for item in kernels]}
-        )
+        emit_json(setting | {"latency": _latency(latency), "kernels": [_kernel(item, latency.p50) for item in kernels]})
         return
     _show(setting, latency, kernels if show_all else kernels[:SHOWN], kernels)
 

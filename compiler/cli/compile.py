@@ -56,9 +56,7 @@ compared with eager PyTorch at several sizes before the command succeeds (--veri
 )  # fmt: skip
 @options.source_shapes
 @options.sample_inputs
-@click.option(
-    "--precision", default="auto", show_default=True, metavar="P", help="What to compute in: auto or fp32."
-)
+@click.option("--precision", default="auto", show_default=True, metavar="P", help="What to compute in: auto or fp32.")
 @click.option("--quantize", metavar="RECIPE", help="Quantize the weights by a recipe (none is supported yet).")
 @click.option("--dump-dir", metavar="D", help="Write the graphs before and after every pass, diffs and reasons.")
 @click.option(
@@ -138,8 +136,8 @@ def _report_check(source: str, unsupported: list[Any], as_json: bool) -> None:
     if unsupported:
         count = f"{len(unsupported)} operator{'s are' if len(unsupported) > 1 else ' is'} not supported"
         raise UnsupportedOperator(
-            f"{count}; rewrite these lines of the model with supported operators (docs/operators.md lists them), or leave "
-            "the part out with an entry point that starts after it"
+            f"{count}; rewrite these lines of the model with supported operators (docs/operators.md lists them), or "
+            "leave the part out with an entry point that starts after it"
         )
 
 
@@ -205,7 +203,8 @@ def _show_errors(done: Artifact, chosen: Any) -> None:
         count = sum((other.entry, other.output) == (entry, output) for other in done.errors)
         sizes = f" over {count} assignments of sizes" if count > 1 else ""
         click.echo(
-            f"{entry}: {output} differs from PyTorch by {item.error:.1e} of its largest value{sizes} (allowed {item.tolerance:.0e})"
+            f"{entry}: {output} differs from PyTorch by {item.error:.1e} of its largest value{sizes} "
+            f"(allowed {item.tolerance:.0e})"
         )
 
 

@@ -38,17 +38,15 @@ Examples:
 @options.threads
 @options.quiet
 @options.as_json
-def demo(
-    output: str | None, query: str | None, repeat: int, threads: int | None, quiet: bool, as_json: bool
-) -> None:
+def demo(output: str | None, query: str | None, repeat: int, threads: int | None, quiet: bool, as_json: bool) -> None:
     """Run the demonstration."""
-    with tempfile.TemporaryDirectory(prefix="tilewright-demo-") as folder:
-        with phases(quiet) as progress, redirect_stdout(sys.stderr):
-            progress("import", "PyTorch and the compiler")
-            from ..demo import QUERY, require_agreement, run_demo
+    scratch = tempfile.TemporaryDirectory(prefix="tilewright-demo-")
+    with scratch as folder, phases(quiet) as progress, redirect_stdout(sys.stderr):
+        progress("import", "PyTorch and the compiler")
+        from ..demo import QUERY, require_agreement, run_demo
 
-            place = Path(output) if output else Path(folder) / "minilm.tw"
-            found = run_demo(place, query=query or QUERY, threads=threads, repeat=repeat, progress=progress)
+        place = Path(output) if output else Path(folder) / "minilm.tw"
+        found = run_demo(place, query=query or QUERY, threads=threads, repeat=repeat, progress=progress)
     if as_json:
         emit_json({**vars(found), "timings": [vars(item) for item in found.timings]})
     else:

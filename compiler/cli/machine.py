@@ -56,10 +56,11 @@ def examine(build: bool = False) -> dict[str, Any]:
     Args:
         build: also compile and load a small library with each compiler.
     """
+    library = " ".join(platform.libc_ver()).strip() or "C library unknown"
     return {
         "tilewright": __version__,
         "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver()).strip() or 'C library unknown'}",
+        "platform": f"{platform.system()} {platform.machine()}, {library}",
         "packages": list(_packages()),
         "targets": _targets(),
         **_compilers(build),

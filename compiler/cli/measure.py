@@ -15,7 +15,7 @@ from ...runtime.entry import Entry
 WARM_UP_SECONDS = 0.3
 MEASURED_SECONDS = 3.0
 _FEWEST, _MOST = 20, 2000
-_PROFILES, _PROFILED_SECONDS = 50, 2.0
+_PROFILES, _PROFILED_SECONDS = 200, 2.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def profile_kernels(
         entry: to run.
         inputs: by name.
         values: of the symbols, for the kernels' arithmetic and bytes.
-        repeat: how many calls to profile; by default as many as fit two seconds (at most 50).
+        repeat: how many calls to profile; by default as many as fit two seconds (at most 200).
     """
     runs: list[dict[tuple[int, int], float]] = []
     start = time.perf_counter()

@@ -30,7 +30,7 @@ def sizes_option(text: str) -> Any:
 
 
 def parse_sizes(texts: tuple[str, ...], plan: Plan) -> dict[str, int]:
-    """Values for all symbols of a plan: those given, as ``batch=8`` or ``batch=8,seq=64``, and the sample's for the rest.
+    """Values for all symbols of a plan: those given, as in ``batch=8,seq=64``, and the sample's for the rest.
 
     Raises:
         UsageError: no such symbol, no number, or outside of the symbol's range.

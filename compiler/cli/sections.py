@@ -26,7 +26,11 @@ def describe(section: str, artifact: Artifact, values: Values, asked: Values | N
     if section == "passes":
         return {"passes": artifact.manifest.info.get("passes", {})}
     if section == "weights":
-        return {"file": artifact.manifest.weights.file, "bytes": artifact.manifest.weights.size, "tensors": _weights(artifact)}
+        return {
+            "file": artifact.manifest.weights.file,
+            "bytes": artifact.manifest.weights.size,
+            "tensors": _weights(artifact),
+        }
     entries: dict[str, Any] = {}
     for name, at in values.items():
         plan = artifact.plans[name]
@@ -179,7 +183,9 @@ def _show_plan(artifact: Artifact, values: Values, asked: Values | None) -> None
         rows = []
         for index, step in enumerate(plan.steps):
             for position, variant in enumerate(step.variants):
-                guard = "" if len(step.variants) == 1 else sizes.show(variant.guard) if variant.guard != 1 else "otherwise"
+                guard = (
+                    "" if len(step.variants) == 1 else sizes.show(variant.guard) if variant.guard != 1 else "otherwise"
+                )
                 first = (str(index), step.family) if position == 0 else ("", "")
                 origin = (facts.where(step), step.origin.source) if position == 0 else ("", "")
                 rows.append((*first, variant.kernel, guard, sizes.show(variant.units), *origin))

@@ -1,4 +1,4 @@
-"""``tilewright verify``: an artifact against eager PyTorch, its kernels one by one, or its files against their digests."""
+"""``tilewright verify``: an artifact against eager PyTorch, kernel by kernel on request, or against its digests."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 HELP = """Check the artifact in DIR.
 
-Given the SOURCE it was compiled from, the outputs are compared with eager PyTorch at several sizes: error = max|a-b| /
-max|reference| per output, with one tolerance per dtype. A model of the registry need not be named again. With --kernels,
-the result of every kernel is compared with its part of the graph as well, and the first that diverges is named.
+Given the SOURCE it was compiled from, the outputs are compared with eager PyTorch at several sizes: error =
+max|a-b| / max|reference| per output, with one tolerance per dtype. A model of the registry need not be named again.
+With --kernels, the result of every kernel is compared with its part of the graph as well, and the first that diverges
+is named.
 
 With --integrity, every file is compared with its digest, the weights too; this needs neither PyTorch nor SOURCE.
 
@@ -102,12 +103,17 @@ def _compare(
         disabled = frozenset(opened.manifest.info.get("disabled_passes", ()))
         compilation = Compilation(CompileOptions(disable_passes=disabled), progress)
         dimensions = parse_options(shapes) or compiled_shapes(next(iter(opened.plans.values())))
-        programs = compilation.capture(source, shapes=dimensions or None, inputs=inputs)
+        try:
+            programs = compilation.capture(source, shapes=dimensions or None, inputs=inputs)
+        except UsageError as error:
+            if shapes:
+                raise
+            raise UsageError(f"{source} does not fit what the artifact was compiled for: {error}") from error
         for program in programs:
             if program.name not in opened.plans:
                 raise UsageError(
-                    f"{source} has the entry point {program.name!r}, the artifact {', '.join(opened.plans)}; an artifact "
-                    "with entry points of its own is verified when it is compiled (from Python)"
+                    f"{source} has the entry point {program.name!r}, the artifact {', '.join(opened.plans)}; an "
+                    "artifact with entry points of its own is verified when it is compiled (from Python)"
                 )
             _require_same_inputs(program, opened.plans[program.name], source)
         references = [reference_of(program) for program in programs]
@@ -177,7 +183,8 @@ def _recorded_source(opened: Artifact) -> str:
 def _require_same_inputs(program: Program, plan: Plan, source: str) -> None:
     from ...runtime.errors import UsageError
 
-    captured = [(item.name, str(tensor.dtype).removeprefix("torch.")) for item, tensor in zip(program.inputs, program.sample, strict=True)]
+    pairs = zip(program.inputs, program.sample, strict=True)
+    captured = [(item.name, str(tensor.dtype).removeprefix("torch.")) for item, tensor in pairs]
     compiled = [(port.name, port.dtype) for port in plan.inputs]
     if captured != compiled:
         shown = (", ".join(f"{name}: {dtype}" for name, dtype in ports) for ports in (captured, compiled))

@@ -1,4 +1,4 @@
-"""What the template families share: an anchor operator with what comes before and after it, and the filling of holes."""
+"""What the template families share: an anchor operator, what comes before and after it, and filling holes."""
 
 from __future__ import annotations
 

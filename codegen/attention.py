@@ -1,8 +1,8 @@
 """The attention family: scaled dot-product attention through ``attention.c.jinja``.
 
 Queries, keys and values are read in place through their views (a head of a fused projection is a run of contiguous
-elements); the mask is computed in the kernel. The result may be stored permuted, which is how the heads are merged again
-without a copy.
+elements); the mask is computed in the kernel. The result may be stored permuted, which is how the heads are merged
+again without a copy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from .values import Kernel, Value, broadcast
 
 TARGETS = frozenset((torch.ops.aten.scaled_dot_product_attention.default,))
 _PERMUTES = frozenset(overloads("permute", "transpose.int"))
-_RESHAPES = frozenset(overloads("view", "reshape", "_unsafe_view", "clone", "contiguous", "flatten.using_ints", "alias"))
+_RESHAPES = frozenset(
+    overloads("view", "reshape", "_unsafe_view", "clone", "contiguous", "flatten.using_ints", "alias")
+)
 
 
 def attention_family(task: Task) -> Sequence[Made]:
@@ -111,8 +113,8 @@ def _row(work: Anchored, anchor: fx.Node, value: Value, index: tuple[Size, ...],
     found = affine_rows(value.at((*index, "d")), row, "d")
     if found is None or work.kernel.storage[found[0]] != "float32":
         raise CompileError(
-            f"{anchor}: attention needs float32 queries, keys and values whose head dimension lies contiguous in memory; "
-            "make it the last axis of the projection, or call .contiguous() before a permutation that moves it"
+            f"{anchor}: attention needs float32 queries, keys and values whose head dimension lies contiguous in "
+            "memory; make it the last axis of the projection, or call .contiguous() before a permutation that moves it"
         )
     buffer, start, stride = found
     return f"{buffer} + {c_text(sizes.add(start, sizes.mul(row, stride)))}"
@@ -171,7 +173,7 @@ def _memory_order(anchor: fx.Node, returned: fx.Node) -> list[int]:
             if reshaped:
                 raise CompileError(f"{node}: a permutation after a reshape cannot end an attention region")
             if node.target in overloads("transpose.int"):
-                first, second = (int(axis) % len(order) for axis in node.args[1:3])  # type: ignore[call-overload]
+                first, second = (int(axis) % len(order) for axis in node.args[1:3])  # type: ignore[arg-type, call-overload]
                 order[first], order[second] = order[second], order[first]
             else:
                 order = [order[int(axis) % len(order)] for axis in node.args[1]]  # type: ignore[union-attr, arg-type]

@@ -2,8 +2,8 @@
 
 - ``convolution.c.jinja``: the input lies channels-blocked; rows of pixels stream through the register tile in place.
 - ``depthwise.c.jinja``: one filter per channel, channels-blocked.
-- ``convolution_gathered.c.jinja``: everything else, through the input's index function: few channels (the first layer of a
-  network on RGB), other layouts, odd groups, one-dimensional and transposed convolutions.
+- ``convolution_gathered.c.jinja``: everything else, through the input's index function: few channels (the first layer
+  of a network on RGB), other layouts, odd groups, one-dimensional and transposed convolutions.
 
 A transposed convolution is the convolution of the input with ``stride - 1`` zeros between its pixels, with the kernel
 turned around; the zeros are never stored, they are part of the index function.
@@ -95,9 +95,9 @@ def _geometry(anchor: fx.Node, weight: fx.Node) -> Geometry:
     if anchor.target in GENERAL:
         stride, padding, dilation, transposed, _, groups = args
     elif transposed:
-        stride, padding, _, groups, dilation = (*args, *(1, 0, 0, 1, 1)[len(args) :])
+        stride, padding, _, groups, dilation = args + [1, 0, 0, 1, 1][len(args) :]
     else:
-        stride, padding, dilation, groups = (*args, *(1, 0, 1, 1)[len(args) :])
+        stride, padding, dilation, groups = args + [1, 0, 1, 1][len(args) :]
     steps, spread = _pair(stride, rank, 1), _pair(dilation, rank, 1)
     kernel = _pair(shape[2:], rank, 1)
     if isinstance(padding, str):
@@ -123,11 +123,11 @@ def _geometry(anchor: fx.Node, weight: fx.Node) -> Geometry:
 
 
 def _pair(value: Any, rank: int, filler: int) -> tuple[int, int]:
-    values = [value] if isinstance(value, int) else [int(item) for item in value]
+    values: list[int] = [value] if isinstance(value, int) else [int(item) for item in value]
     if len(values) == 1:
         values = values * rank
     if rank == 1:
-        values = [filler, *values]
+        values.insert(0, filler)
     return values[0], values[1]
 
 
@@ -179,7 +179,8 @@ def _build(
     h, w = (1, in_space[0]) if g.rank == 1 else in_space
     h, w = (_inserted(extent, step) for extent, step in zip((h, w), g.insert, strict=True))
     for name, extent in (
-        ("n", n), ("cb", -(-g.outputs // LANES)), ("lane", LANES), ("p", sizes.mul(oh, ow)), ("ic", g.channels), ("ih", h), ("iw", w),
+        ("n", n), ("cb", -(-g.outputs // LANES)), ("lane", LANES), ("p", sizes.mul(oh, ow)),
+        ("ic", g.channels), ("ih", h), ("iw", w),
     ):  # fmt: skip
         kernel.variable(name, extent)
 

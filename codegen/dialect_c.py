@@ -24,19 +24,27 @@ TYPES = {
 }
 STORAGE = TYPES | {"float16": "uint16_t", "bfloat16": "uint16_t", "bool": "uint8_t"}
 BYTES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8":
+    1, "bool": 1,
 }  # fmt: skip
 
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
     "bitand": "&", "bitor": "|", "bitxor": "^", "shl": "<<", "shr": ">>",
 }  # fmt: skip
+_SIZE_SIGNS = {
+    "add": " + ", "mul": " * ", "floordiv": " / ", "mod": " % ", "eq": " == ", "ne": " != ", "le": " <= ", "lt": " < ",
+}  # fmt: skip
 _LOGIC = {"and": "&", "or": "|", "xor": "^"}
 # Operations with a function per type in tw_math.h: tw_<name>_f32 and, for doubles, tw_<name>_f64.
 FUNCTIONS = frozenset(
-    "exp exp2 expm1 log log2 log10 log1p tanh erf sigmoid softplus sin cos tan asin acos atan sinh cosh asinh acosh atanh "
-    "sqrt rsqrt pow atan2 floor ceil round trunc maximum minimum fmod remainder floordiv sign gelu gelu_tanh silu".split()
-)
+    (
+        "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "tanh", "erf", "sigmoid", "softplus", "sin", "cos",
+        "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "sqrt", "rsqrt", "pow", "atan2",
+        "floor", "ceil", "round", "trunc", "maximum", "minimum", "fmod", "remainder", "floordiv", "sign", "gelu",
+        "gelu_tanh", "silu",
+    )
+)  # fmt: skip
 EXPENSIVE = frozenset(FUNCTIONS - {"floor", "ceil", "trunc", "maximum", "minimum", "sign"}) | {"div"}
 
 
@@ -129,7 +137,12 @@ def call(op: str, dtype: str, arg_dtypes: list[str], args: list[str]) -> str:
     if op == "neg":
         return f"-{args[0]}"
     if op == "div":
-        return f"{args[0]} / {args[1]}"
+        # An integer division by zero must not trap: tw_truncdiv gives 0.
+        return (
+            f"{args[0]} / {args[1]}"
+            if dtype.startswith("float")
+            else f"tw_truncdiv_{SUFFIX[dtype]}({args[0]}, {args[1]})"
+        )
     if op == "abs":
         if kind.startswith("float"):
             return f"{'fabsf' if kind == 'float32' else 'fabs'}({args[0]})"
@@ -228,6 +241,9 @@ def reduction(op: str, dtype: str, name: str, lanes: tuple[str, int] | None = No
     place_declare, place_initialise = declared(f"{name}_at", "int64_t", "-1")
     nan = f" || (@value != @value && {name}{at} == {name}{at})" if is_float else ""
     update = [
-        f"if (@value {better} {name}{at} || {name}_at{at} < 0{nan}) {{ {name}{at} = @value; {name}_at{at} = @position; }}"
+        f"if (@value {better} {name}{at} || {name}_at{at} < 0{nan}) {{",
+        f"    {name}{at} = @value;",
+        f"    {name}_at{at} = @position;",
+        "}",
     ]
     return Reduction(declare + place_declare, f"{name}_at{at}", "", [], initialise + place_initialise, update)

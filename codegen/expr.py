@@ -1,8 +1,9 @@
 """Kernel expressions: small trees of scalar operations that a dialect renders.
 
 Nodes are interned: equal trees are the same object, so that common subexpressions are found by identity and walking a
-tree costs its number of distinct nodes. Index arithmetic inside loads uses :mod:`..runtime.sizes`, whose symbols are then
-loop variables, sizes of the call, and *dynamic indices* (names of expressions loaded at run time, see :class:`Scalar`).
+tree costs its number of distinct nodes. Index arithmetic inside loads uses :mod:`..runtime.sizes`, whose symbols are
+then loop variables, sizes of the call, and *dynamic indices* (names of expressions loaded at run time, see
+:class:`Scalar`).
 
 Data types are those of the computation: float16 and bfloat16 are converted to float32 on load and back on store.
 """
@@ -81,7 +82,8 @@ class Dynamic(Expr):
 class Reduce(Expr):
     """``op`` over all values of the bound variables: ``((name, extent), ...)``, outermost first.
 
-    ``op`` is ``sum``, ``prod``, ``max``, ``min``, ``any``, ``all``, ``argmax`` or ``argmin`` (flat position, first wins).
+    ``op`` is ``sum``, ``prod``, ``max``, ``min``, ``any``, ``all``, ``argmax`` or ``argmin`` (flat position, first
+    wins).
     """
 
     op: str

@@ -1,4 +1,4 @@
-"""Code generation from programs to the parts of an artifact: lower all entries, lay constants out, build the kernels."""
+"""From programs to the parts of an artifact: lower all entries, lay constants out, build the kernels."""
 
 from __future__ import annotations
 

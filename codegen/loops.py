@@ -6,8 +6,8 @@ long innermost one, are independent units of work. What differs is where reducti
 - none: neighbouring axes that every access walks contiguously are merged into one, which is then cut into chunks;
 - rows: no reduction depends on the vector axis (softmax, the norms): a unit is a row, expressions that several passes
   over the row need are kept on the stack;
-- lanes: reductions depend on the vector axis and neighbouring lanes read neighbouring elements (pooling, sums over outer
-  axes): accumulators are arrays over the lanes;
+- lanes: reductions depend on the vector axis and neighbouring lanes read neighbouring elements (pooling, sums over
+  outer axes): accumulators are arrays over the lanes;
 - each: reductions depend on the innermost axis but run along memory themselves (mean over height and width): every
   element of the result is a unit.
 """

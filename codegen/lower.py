@@ -1,7 +1,7 @@
 """Lowering: a program of regions becomes a plan, kernel sources and a table of constants.
 
-Every kernel region becomes one step, in graph order. Nothing is fused or split here; copies are added only where a result
-must lie in memory of its own (an output that is an input, a constant or given twice, a state's new value).
+Every kernel region becomes one step, in graph order. Nothing is fused or split here; copies are added only where a
+result must lie in memory of its own (an output that is an input, a constant or given twice, a state's new value).
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from ..passes.graph.regions import body, is_region
 from ..runtime import sizes
 from ..runtime.errors import CompileError, UnsupportedOperator
 from ..runtime.plan import (
-    Buffer, Check, Constant, Origin, Plan, Port, Ref, StateBuffer, Step, Symbol, Variant,
+    Buffer,
+    Check,
+    Constant,
+    Origin,
+    Plan,
+    Port,
+    Ref,
+    StateBuffer,
+    Step,
+    Symbol,
+    Variant,
 )  # fmt: skip
 from . import dialect_c
 from .families import FAMILIES

@@ -1,8 +1,8 @@
 """The matmul family: linear layers and matrix products through ``matmul.c.jinja``.
 
-A constant right-hand side is packed into panels when the artifact is written; any other is packed by the kernel. The left
-operand is read in place where its rows are contiguous in memory, otherwise gathered tile by tile through its index
-function, which is how views, permutes and conversions before a product cost no buffer.
+A constant right-hand side is packed into panels when the artifact is written; any other is packed by the kernel. The
+left operand is read in place where its rows are contiguous in memory, otherwise gathered tile by tile through its
+index function, which is how views, permutes and conversions before a product cost no buffer.
 """
 
 from __future__ import annotations

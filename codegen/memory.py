@@ -1,12 +1,12 @@
 """Memory planning: which scratch buffers may share memory, for every size at once.
 
-Buffers are stacked greedily at a reference size. What is recorded is not an offset but, for each buffer, which others lie
-``below`` it: its offset is the maximum of their ends, evaluated per call. Any two buffers that are alive together are
-ordered by that relation, so the plan is right for all sizes, and as tight as the greedy stacking at sizes that keep the
-buffers' proportions.
+Buffers are stacked greedily at a reference size. What is recorded is not an offset but, for each buffer, which others
+lie ``below`` it: its offset is the maximum of their ends, evaluated per call. Any two buffers that are alive together
+are ordered by that relation, so the plan is right for all sizes, and as tight as the greedy stacking at sizes that
+keep the buffers' proportions.
 
-Several orders of placement are tried at the smallest, the sample's and the largest sizes; the one whose worst ratio to the
-lower bound (the largest live set) is best wins.
+Several orders of placement are tried at the smallest, the sample's and the largest sizes; the one whose worst ratio
+to the lower bound (the largest live set) is best wins.
 """
 
 from __future__ import annotations

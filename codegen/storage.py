@@ -109,7 +109,12 @@ def recipe_of(program: Program, node: fx.Node) -> Recipe:
     if node.op == "get_attr":
         tensor = _attribute(program.module, str(node.target))
         source = str(node.meta.get("source", node.target))
-        identity = (tensor.data_ptr() if tensor.numel() else source, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        identity: tuple[object, ...] = (
+            tensor.data_ptr() if tensor.numel() else source,
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+        )
         return Recipe(identity, (source,), source, dtype_name(tensor.dtype), tuple(tensor.shape), lambda: tensor)
     assert is_region(node, "constant"), node
     operands = [recipe_of(program, operand) for operand in node.all_input_nodes]

@@ -75,7 +75,8 @@ def compile(  # noqa: A001 - the verb that users know
     """Compile a model into an artifact directory.
 
     Args:
-        source: an ``nn.Module`` in evaluation mode, an ``ExportedProgram``, or a path or name: a ``.pt2`` or ``.onnx`` file, a
+        source: an ``nn.Module`` in evaluation mode, an ``ExportedProgram``, or a path or name: a ``.pt2`` or
+        ``.onnx`` file, a
             checkpoint folder, ``file.py:factory``, a name of the model registry.
         args: sample positional inputs, where the source has none of its own.
         kwargs: sample keyword inputs.
@@ -85,8 +86,8 @@ def compile(  # noqa: A001 - the verb that users know
         entries: several entry points over one set of weights and state.
         precision: ``"auto"`` or ``"fp32"``.
         quantize: a quantization recipe (none is supported yet).
-        verify: ``"final"`` compares the outputs with eager PyTorch, ``"passes"`` every intermediate graph too, ``"off"``
-            nothing.
+        verify: ``"final"`` compares the outputs with eager PyTorch, ``"passes"`` every intermediate graph too,
+            ``"off"`` nothing.
         dump_dir: where to write what every pass did.
         disable_passes: exact names of passes to leave out.
         stop_after: name of the last pass to run; then no artifact is written.

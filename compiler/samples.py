@@ -13,7 +13,7 @@ MOST_ELEMENTS = 1 << 22  # in all inputs of one verification run together; large
 
 
 def assignments(program: Program) -> list[dict[str, int]]:
-    """Sizes to verify at: the sample's, the smallest, and odd ones above the sample's, each within ranges and guards."""
+    """Sizes to verify at: the sample's, the smallest, and odd larger ones, each within ranges and guards."""
     sample = sample_sizes(program)
     if not program.symbols:
         return [sample]

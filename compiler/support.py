@@ -56,8 +56,8 @@ def require_supported(programs: Sequence[Program], roles: Roles) -> None:
         lines = "\n".join(f"  {item}" for item in found)
         raise UnsupportedOperator(
             f"{len(found)} operator{'s are' if len(found) > 1 else ' is'} not supported:\n{lines}\n"
-            "Rewrite these lines of the model with supported operators (docs/operators.md lists them), or leave the part "
-            "out with an entry point that starts after it."
+            "Rewrite these lines of the model with supported operators (docs/operators.md lists them), or leave the "
+            "part out with an entry point that starts after it."
         )
 
 

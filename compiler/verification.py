@@ -37,7 +37,8 @@ class OutputError:
 
     def __str__(self) -> str:
         at = ", ".join(f"{name}={value}" for name, value in self.sizes.items())
-        return f"{self.entry}: {self.output}: error {self.error:.2e}, tolerance {self.tolerance:.0e}{f' at {at}' if at else ''}"
+        found = f"{self.entry}: {self.output}: error {self.error:.2e}, tolerance {self.tolerance:.0e}"
+        return f"{found} at {at}" if at else found
 
 
 def reference_of(program: Program) -> Program:

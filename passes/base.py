@@ -1,8 +1,8 @@
 """What a pass is: one rewrite with a name, and the report of what it did and what it refused.
 
-A pass's module docstring states its equation (Before / After). Its file's name is its name: ``fold_batch_norm.py`` holds
-``FoldBatchNorm`` whose ``name`` is ``"fold_batch_norm"``. Passes only rewrite; the manager runs, times, lints, dumps and
-verifies them.
+A pass's module docstring states its equation (Before / After). Its file's name is its name: ``fold_batch_norm.py``
+holds ``FoldBatchNorm`` whose ``name`` is ``"fold_batch_norm"``. Passes only rewrite; the manager runs, times, lints,
+dumps and verifies them.
 """
 
 from __future__ import annotations

@@ -231,8 +231,19 @@ def show(size: Size) -> str:
         return str(size)
     if size.op in ("max", "min"):
         return f"{size.op}({', '.join(map(show, size.args))})"
-    sign = {"add": " + ", "mul": "*", "floordiv": "//", "mod": "%", "eq": " == ", "ne": " != ", "le": " <= ", "lt": " < "}
-    return sign[size.op].join(f"({show(arg)})" if isinstance(arg, Op) and arg.op not in ("max", "min") else show(arg) for arg in size.args)
+    sign = {
+        "add": " + ",
+        "mul": "*",
+        "floordiv": "//",
+        "mod": "%",
+        "eq": " == ",
+        "ne": " != ",
+        "le": " <= ",
+        "lt": " < ",
+    }
+    return sign[size.op].join(
+        f"({show(arg)})" if isinstance(arg, Op) and arg.op not in ("max", "min") else show(arg) for arg in size.args
+    )
 
 
 _APPLY: dict[str, Any] = {
@@ -297,7 +308,7 @@ def _divisible(a: Size, b: int) -> tuple[Size, Size]:
 def _extremum(op: Literal["max", "min"], args: tuple[Size, ...]) -> Size:
     pick = max if op == "max" else min
     constants = [arg for arg in args if isinstance(arg, int)]
-    rest = list(dict.fromkeys(arg for arg in args if not isinstance(arg, int)))
+    rest: list[Size] = list(dict.fromkeys(arg for arg in args if not isinstance(arg, int)))
     if constants:
         rest.append(pick(constants))
     result = rest[0]

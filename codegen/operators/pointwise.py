@@ -60,7 +60,12 @@ for _op, _names in {
     "bitor": ("bitwise_or.Tensor", "bitwise_or.Scalar", "__or__.Tensor", "__or__.Scalar"),
     "bitxor": ("bitwise_xor.Tensor", "bitwise_xor.Scalar", "__xor__.Tensor", "__xor__.Scalar"),
     "shl": ("bitwise_left_shift.Tensor", "bitwise_left_shift.Tensor_Scalar", "__lshift__.Scalar", "__lshift__.Tensor"),
-    "shr": ("bitwise_right_shift.Tensor", "bitwise_right_shift.Tensor_Scalar", "__rshift__.Scalar", "__rshift__.Tensor"),
+    "shr": (
+        "bitwise_right_shift.Tensor",
+        "bitwise_right_shift.Tensor_Scalar",
+        "__rshift__.Scalar",
+        "__rshift__.Tensor",
+    ),
 }.items():
     lowers(*overloads(*_names), role="pointwise")(_binary(_op))
 
@@ -162,19 +167,12 @@ def _unary(op: str) -> Callable[..., Value]:
     return build
 
 
-for _op, _names in {
-    "neg": ("neg",),
-    "abs": ("abs",),
-    "square": ("square",),
-    **{
-        name: (name,)
-        for name in (
-            "exp exp2 expm1 log log2 log10 log1p tanh erf sigmoid sin cos tan asin acos atan sinh cosh asinh acosh atanh "
-            "sqrt rsqrt sign silu"
-        ).split()
-    },
-}.items():
-    lowers(*overloads(*_names), role="pointwise")(_unary(_op))
+_SAME_NAME = (
+    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "tanh", "erf", "sigmoid", "sin", "cos", "tan", "asin",
+    "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "sqrt", "rsqrt", "sign", "silu", "neg", "abs", "square",
+)  # fmt: skip
+for _op in _SAME_NAME:
+    lowers(*overloads(_op), role="pointwise")(_unary(_op))
 
 
 def _rounding(op: str) -> Callable[..., Value]:

@@ -80,8 +80,8 @@ for _rank in (1, 2, 3):
 
 def _avg_pool(rank: int) -> Any:
     def build(
-        region: Region, node: fx.Node, a: Value, kernel: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
-        count_include_pad: bool = True, divisor_override: int | None = None,
+        region: Region, node: fx.Node, a: Value, kernel: Any, stride: Any = None, padding: Any = 0,
+        ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
     ) -> Value:  # fmt: skip
         window, margin = _per_axis(kernel, rank), _per_axis(padding, rank)
         strides = _per_axis(stride, rank) if stride not in (None, []) else window

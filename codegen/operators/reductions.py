@@ -22,8 +22,8 @@ Mask = Expr | None
 def reduce(region: Region, a: Value, axes: Sequence[int], op: str, dtype: str, *, keep: bool = False) -> Value:
     """``op`` over axes of a value, computed in ``dtype``.
 
-    A reduction's variable is named after the axis (``i2``), as the loop variables of the kernel's result are: where both
-    run over the same row, equal expressions are then the same object and can be kept instead of computed again.
+    A reduction's variable is named after the axis (``i2``), as the loop variables of the kernel's result are: where
+    both run over the same row, equal expressions are then the same object and can be kept instead of computed again.
     """
     builder = region.builder
     rank = len(a.shape)
@@ -304,8 +304,8 @@ def _group_norm(region: Region, node: fx.Node, a: Value, *args: Any) -> Any:
 
 @lowers(*overloads("instance_norm"), role="reduction")
 def _instance_norm(
-    region: Region, node: fx.Node, a: Value, weight: Any, bias: Any, mean: Any, var: Any, use_input: bool, momentum: float,
-    eps: float, cudnn: bool,
+    region: Region, node: fx.Node, a: Value, weight: Any, bias: Any, mean: Any, var: Any, use_input: bool, momentum:
+    float, eps: float, cudnn: bool,
 ) -> Value:  # fmt: skip
     axes = list(range(2, len(a.shape)))
     value = _normalise(region, a, axes, eps, a.compute, centre=True)

@@ -14,7 +14,7 @@ from ..values import Value, broadcast
 
 @lowers(ROTARY_EMBEDDING, role="gather")
 def _rotary(region: Region, node: fx.Node, x: Value, cos: Value, sin: Value, interleaved: bool = False) -> Value:
-    """``x * cos + partner * sin``, where the partner of a pair's first column is minus the second, of its second the first."""
+    """``x * cos + partner * sin``: a pair's first column has minus the second as partner, its second the first."""
     builder, kernel = region.builder, region.kernel
     shape, dtype = region.shape(node), region.dtype(node)
     columns = x.shape[-1]

@@ -233,11 +233,12 @@ def _nothing(index: tuple[Size, ...], mask: Mask) -> Expr:
 @lowers(*overloads("stack"), role="view")
 def _stack(region: Region, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> Value:
     dim %= len(region.shape(node))
-    raised = [
-        Value((*part.shape[:dim], 1, *part.shape[dim:]), part.dtype, lambda index, mask, part=part: part.at((*index[:dim], *index[dim + 1 :]), mask))
-        for part in tensors
-    ]  # fmt: skip
-    return _cat(region, node, raised, dim)
+
+    def raised(part: Value) -> Value:
+        shape = (*part.shape[:dim], 1, *part.shape[dim:])
+        return Value(shape, part.dtype, lambda index, mask: part.at((*index[:dim], *index[dim + 1 :]), mask))
+
+    return _cat(region, node, [raised(part) for part in tensors], dim)
 
 
 @lowers(*overloads("constant_pad_nd", "pad"), role="view")

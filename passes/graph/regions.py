@@ -42,7 +42,9 @@ def is_region(node: fx.Node, kind: str | None = None) -> bool:
 
 def body(node: fx.Node) -> fx.GraphModule:
     """The nested module of a region node."""
-    module = node.graph.owning_module.get_submodule(str(node.target))
+    owner = node.graph.owning_module
+    assert owner is not None, "a region's graph belongs to a module"
+    module = owner.get_submodule(str(node.target))
     assert isinstance(module, fx.GraphModule)
     return module
 

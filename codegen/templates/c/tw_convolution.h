@@ -100,7 +100,8 @@ TW_FOR_EACH_ROWS(TW_DEFINE_POINTWISE_NARROW)
 /* sums[pixels][32] = the convolution of the pixels of a tile with one packed panel, of which at least the first
  * `columns` are computed. */
 static inline void tw_convolve(
-    int64_t pixels, int64_t columns, const tw_kernel_window *w, const tw_pixel_tile *tile, const float *b, float *sums) {
+    int64_t pixels, int64_t columns, const tw_kernel_window *w, const tw_pixel_tile *tile, const float *b,
+    float *sums) {
 #if TW_LANES == 16
     if (columns > 16) {
         TW_SWITCH_ROWS(tw_convolve_, pixels, w, tile, b, sums)
@@ -170,7 +171,8 @@ static inline void tw_slide(
 #else
     TW_SWITCH_ROWS(tw_slide_, pixels, a, pixel_step, segments, segment_step, taps, tap_step, b, sums, resume)
     if (columns > 16) {
-        TW_SWITCH_ROWS(tw_slide_, pixels, a, pixel_step, segments, segment_step, taps, tap_step, b + 16, sums + 16, resume)
+        TW_SWITCH_ROWS(
+            tw_slide_, pixels, a, pixel_step, segments, segment_step, taps, tap_step, b + 16, sums + 16, resume)
     }
 #endif
 }

@@ -4,7 +4,8 @@
 
 #include "tw_simd.h"
 
-/* sums[r][16] = sum over i < kh, j < kw of a[i*row_step + j*tap_step + r*pixel_step] * weights[i*kw + j], vectors of 16. */
+/* sums[r][16] = sum over i < kh, j < kw of a[i*row_step + j*tap_step + r*pixel_step] * weights[i*kw + j]; every term is
+ * a vector of 16. */
 #if TW_LANES == 16
 #define TW_DEPTH_ZERO(r) tw_vec x##r = {0};
 #define TW_DEPTH_STEP(r) x##r += tw_load(tap + r * pixel_step) * w0;

@@ -88,7 +88,7 @@ static inline int64_t tw_loop_count(int64_t count) {
 #define TW_STEP_narrow(r) x##r += a##r[k] * b0;
 #define TW_FINISH_narrow(r) tw_store(sums + r * TW_PANEL, x##r);
 
-/* sums[r][0..2*TW_LANES) (+)= sum over k < depth of a[r*stride + k] * b[k*32 + ...]; resume: continue what is in sums. */
+/* sums[r][0..2*TW_LANES) (+)= sum over k < depth of a[r*stride + k] * b[k*32 + ...]; resume: continue what is there. */
 #define TW_ROW_POINTER(r) const float *const a##r = a + r * stride;
 #define TW_DEFINE_PRODUCT(ROWS) \
     static __attribute__((unused, noinline)) void tw_product_##ROWS( \

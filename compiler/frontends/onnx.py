@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx
 import onnx.inliner
+import onnx.shape_inference
 import torch
 from google.protobuf.message import DecodeError
 
@@ -172,6 +173,8 @@ def _inlined(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
             names = _defined_by_others(model)
             if not names:
                 break
+            _declare_constants(model.graph)
+            model = onnx.shape_inference.infer_shapes(model)  # some definitions depend on types
             model = onnx.inliner.inline_selected_functions(model, names, inline_schema_functions=True)
     except (RuntimeError, ValueError) as error:
         raise SourceError(f"{path}: the model's functions cannot be expanded: {str(error).splitlines()[0]}") from None
@@ -179,6 +182,16 @@ def _inlined(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
         if init.name in weights:
             init.raw_data = weights[init.name]
     return model
+
+
+def _declare_constants(graph: onnx.GraphProto) -> None:
+    """Types of initializers among the declared values, where the inliner looks for them."""
+    known = {value.name for value in (*graph.input, *graph.value_info)}
+    graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(init.name, init.data_type, init.dims)
+        for init in graph.initializer
+        if init.name not in known
+    )
 
 
 def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -250,7 +263,7 @@ def _spec(path: Path, value: onnx.ValueInfoProto) -> tuple[torch.dtype, tuple[in
 def _every_step(body: GraphBody) -> Iterator[OnnxNode]:
     for step in body.steps:
         yield step
-        for inner in step.bodies():
+        for inner in step.bodies().values():
             yield from _every_step(inner)
 
 

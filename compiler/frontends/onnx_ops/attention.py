@@ -48,7 +48,7 @@ def attention(
     precision = node.get("softmax_precision")
     plain = not node.get("softcap", 0.0) and not wants_scores
     plain = plain and (precision is None or torch_dtype(precision) == q.dtype or q.dtype == torch.float32)
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])
     causal_only = (
         bool(node.get("is_causal", 0)) and mask is None and lengths is None and isinstance(offset, int) and offset == 0
     )

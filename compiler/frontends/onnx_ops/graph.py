@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import keyword
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from .host import LIMIT, DataDependent, Host, NotOnHost
 from .registry import Value, as_tensor, host_function, lookup
 from .tensors import WeightFiles, inline_tensor, torch_dtype
 
+_KEY = "\0"  # before a buffer's path among the values in scope; no ONNX name starts with it
 _CONSTANTS = ("value", "value_float", "value_int", "value_floats", "value_ints")
 
 
@@ -77,9 +79,9 @@ class OnnxNode(nn.Module):
         """An attribute, or the default where it is absent."""
         return self.attributes.get(name, default)
 
-    def bodies(self) -> Iterator[GraphBody]:
-        """The subgraphs of control flow."""
-        return (value for value in self.attributes.values() if isinstance(value, GraphBody))
+    def bodies(self) -> dict[str, GraphBody]:
+        """The subgraphs of control flow, by attribute."""
+        return {name: value for name, value in self.attributes.items() if isinstance(value, GraphBody)}
 
     def forward(self, values: dict[str, Value]) -> None:
         """Compute the outputs and add them to the values in scope."""
@@ -150,7 +152,8 @@ class GraphBody(nn.Module):
                 _place_module(self.nodes, step.label, step)
         self.inputs = tuple(value.name for value in proto.input if value.name not in self._constants)
         self.outputs = tuple(value.name for value in proto.output)
-        self._weights: dict[str, str] = {}  # names to dotted paths below this module, which may be a copy
+        self._weights: dict[str, str] = {}  # names to buffers of the outermost graph, by path: that may be a copy
+        self._buffers_held: list[str] = []  # in the outermost graph: all of them, of subgraphs too
         self._hosts: dict[str, Host] = {}
         self._release = self._last_uses()
 
@@ -163,8 +166,13 @@ class GraphBody(nn.Module):
         """Shapes of initializers and Constant nodes by name."""
         return {name: tuple(proto.dims) for name, proto in self._constants.items()}
 
-    def load(self, files: WeightFiles) -> None:
-        """Read the initializers, of subgraphs too.
+    def load(self, files: WeightFiles, home: GraphBody | None = None, prefix: str = "") -> None:
+        """Read the initializers, of subgraphs too, into buffers of the outermost graph.
+
+        Args:
+            files: where external data is.
+            home: the outermost graph, if it is not this one.
+            prefix: put before the names of the buffers.
 
         Raises:
             ArtifactError, SourceError: see :class:`WeightFiles`.
@@ -180,17 +188,22 @@ class GraphBody(nn.Module):
             tensor = files.tensor(proto)
             if tensor.dtype in HOST_DTYPES and (tensor.numel() <= LIMIT or name in needed):
                 self._hosts[name] = _constant_host(tensor)
-            self._weights[name] = _place_buffer(self, name, tensor)
+            path = _place_buffer(home or self, prefix + name, tensor)
+            self._weights[name] = path
+            (home or self)._buffers_held.append(path)
             proto.ClearField("raw_data")  # the tensor holds the bytes now
         for step in self._steps:
-            for body in step.bodies():
-                body.load(files)
+            for name, body in step.bodies().items():
+                body.load(files, home or self, f"{prefix}{step.label}.{name}.")
 
     def run(self, outer: Mapping[str, Value], inputs: Sequence[Value]) -> list[Value]:
         """Interpret the nodes; values of enclosing graphs are visible."""
         values: dict[str, Value] = dict(outer)
+        for path in self._buffers_held:
+            values[_KEY + path] = self.get_buffer(path)
         for name, path in self._weights.items():
-            tensor = self.get_buffer(path)
+            tensor = values[_KEY + path]
+            assert isinstance(tensor, torch.Tensor)
             host = self._hosts.get(name)
             values[name] = tensor if host is None else dataclasses.replace(host, stored=tensor)
         values.update(zip(self.inputs, inputs, strict=True))
@@ -203,7 +216,7 @@ class GraphBody(nn.Module):
     def reads(self) -> set[str]:
         """Names that the nodes and outputs read, of subgraphs too."""
         return set(self.outputs).union(
-            *({*step.inputs, *(n for b in step.bodies() for n in b.reads())} for step in self._steps)
+            *({*step.inputs, *(n for b in step.bodies().values() for n in b.reads())} for step in self._steps)
         )
 
     def _last_uses(self) -> list[list[str]]:
@@ -211,7 +224,7 @@ class GraphBody(nn.Module):
         later = set(self.outputs)
         release: list[list[str]] = []
         for step in reversed(self._steps):
-            names = {*step.inputs, *step.outputs, *(name for body in step.bodies() for name in body.reads())}
+            names = {*step.inputs, *step.outputs, *(name for body in step.bodies().values() for name in body.reads())}
             release.append([name for name in sorted(names - later) if name])
             later |= names
         return release[::-1]
@@ -266,9 +279,13 @@ def _place_module(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _place_buffer(root: nn.Module, name: str, tensor: torch.Tensor) -> str:
-    """Add a buffer under a dotted name, with other punctuation as underscores; returns the name it has."""
+    """Add a buffer under a dotted name, with other punctuation as underscores; returns the name it has.
+
+    No part of it is a Python keyword, because exported graphs are Python code.
+    """
     path: list[str] = []
-    *parents, leaf = [part or "_" for part in re.sub(r"[^0-9A-Za-z_.]", "_", name).split(".")]
+    parts = [part or "_" for part in re.sub(r"[^0-9A-Za-z_.]", "_", name).split(".")]
+    *parents, leaf = [f"{part}_" if keyword.iskeyword(part) else part for part in parts]
     for parent in parents:
         if parent not in root._modules or parent == "nodes":
             while hasattr(root, parent):

@@ -153,23 +153,22 @@ def _native(
 
 
 def _coordinates(size: Any, own: Any, factor: Any, mode: str, roi: tuple[float, float]) -> torch.Tensor:
-    """Where each output position lies on the input axis."""
-    position = torch.arange(size, dtype=torch.float64)
-    exact = own * factor  # not rounded to a whole number of positions
+    """Where each output position lies on the input axis; in float32, as scales are, so that ties fall alike."""
+    position = torch.arange(size, dtype=torch.float32)
     if mode == "align_corners":
-        return position * ((own - 1) / (exact - 1)) if exact != 1 else position * 0
+        return position * (own - 1) / (size - 1) if size != 1 else position * 0
     if mode == "asymmetric":
         return position / factor
     if mode == "tf_crop_and_resize":
         start, end = roi
-        if exact == 1:
-            return position * 0 + (start * (own - 1) + (end - start) * (own - 1) / 2)
-        return position * ((end - start) * (own - 1) / (exact - 1)) + start * (own - 1)
-    if mode == "pytorch_half_pixel" and exact == 1:
-        return position * 0 - 0.5
+        if size == 1:
+            return position * 0 + (start + end) * (own - 1) / 2
+        return position * ((end - start) * (own - 1) / (size - 1)) + start * (own - 1)
+    if mode == "pytorch_half_pixel" and size == 1:
+        return position * 0
     centred = (position + 0.5) / factor - 0.5
     if mode == "half_pixel_symmetric":
-        return centred + own / 2 * (1 - size / exact)
+        return centred + own / 2 * (1 - size / (own * factor))
     if mode in ("half_pixel", "pytorch_half_pixel"):
         return centred
     raise ValueError(f"coordinate_transformation_mode {mode!r} is not supported")
@@ -191,7 +190,7 @@ def _weights(node: Node, where: torch.Tensor, own: Any, factor: Any, kind: str) 
     radius = 2 if kind == "cubic" else 1
     reach = math.ceil(radius / shrink)
     base = torch.floor(where)
-    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float32)
     taps = base[:, None] + offsets
     distance = (taps - where[:, None]).abs() * shrink
     share = _cubic(distance, node.get("cubic_coeff_a", -0.75)) if kind == "cubic" else (1 - distance).clamp(min=0)
@@ -199,7 +198,7 @@ def _weights(node: Node, where: torch.Tensor, own: Any, factor: Any, kind: str) 
         share = torch.where((taps < 0) | (taps > own - 1), torch.zeros_like(share), share)
     share = share / share.sum(1, keepdim=True)
     column = taps.clamp(0, own - 1).to(torch.int64)
-    return torch.zeros(where.shape[0], own, dtype=torch.float64).scatter_add(1, column, share)
+    return torch.zeros(where.shape[0], own, dtype=torch.float32).scatter_add(1, column, share)
 
 
 def _cubic(distance: torch.Tensor, a: float) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,9 @@ def note(text: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], align: str) -> None:
-    """Print a table: drawn on a terminal, columns of plain text elsewhere (never cut, so that it can be searched).
+    """Print a table: drawn on a terminal that is wide enough, else as columns of plain text.
+
+    Nothing is cut or folded, so that names can be searched and copied.
 
     Args:
         columns: headings.
@@ -36,10 +39,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], align: str) 
         align: ``l`` or ``r`` per column.
     """
     cells = [[str(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    if sys.stdout.isatty() and sum(widths) + 3 * len(widths) <= shutil.get_terminal_size().columns:
         _draw(columns, cells, align)
         return
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     for row in (columns, *cells):
         line = "  ".join(
             cell.rjust(width) if side == "r" else cell.ljust(width)
@@ -56,7 +59,7 @@ def _draw(columns: Sequence[str], cells: Sequence[Sequence[str]], align: str) ->
 
     drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name, side in zip(columns, align, strict=True):
-        drawn.add_column(Text(name), justify="right" if side == "r" else "left", overflow="fold", no_wrap=side == "r")
+        drawn.add_column(Text(name), justify="right" if side == "r" else "left", no_wrap=True)
     for row in cells:
         drawn.add_row(*map(Text, row))
     Console().print(drawn)

@@ -6,6 +6,7 @@ computed from the call's symbols in C, so that a call interprets nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -39,14 +40,23 @@ def build(
     cache: Cache | None,
     progress: Callable[[str], None] | None = None,
 ) -> list[TargetBinaries]:
-    """Compile everything for every target; one shared library each, with the sources beside it."""
+    """Compile everything for every target; one shared library each, with the sources beside it.
+
+    ``progress`` is called with ``"3 of 12: name"`` when a source is compiled.
+    """
     sources = [Source(kernel.name, kernel.text) for kernel in kernels]
     sources += [Source(f"entry_{plan.entry}", entry_source(plan)) for plan in plans]
     sources.append(Source("weights", weights_source(weights)))
     sources.append(Source("tw_runtime", (INCLUDE_DIRECTORY / "tw_runtime.c").read_text()))
+    finished = itertools.count(1)
+
+    def report(name: str) -> None:
+        if progress:
+            progress(f"{next(finished)} of {len(sources) * len(targets)}: {name}")
+
     binaries = []
     for target in targets:
-        objects = compile_objects(compiler, sources, target, cache=cache, progress=progress)
+        objects = compile_objects(compiler, sources, target, cache=cache, progress=report)
         library = link_shared(compiler, objects, target)
         files = {f"{source.name}.c": source.text.encode() for source in sources}
         files |= {header.name: header.read_bytes() for header in sorted(INCLUDE_DIRECTORY.glob("*.h"))}

@@ -6,6 +6,7 @@ submodule, so the traced operations carry the ONNX node's name as their module p
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,13 +170,15 @@ def _inlined(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
+        expand = onnx.inliner.inline_selected_functions
+        able = "inline_schema_functions" in inspect.signature(expand).parameters  # not in old releases of onnx
         for _ in range(_MAX_INLINING):
             names = _defined_by_others(model)
-            if not names:
+            if not names or not able:
                 break
             _declare_constants(model.graph)
             model = onnx.shape_inference.infer_shapes(model)  # some definitions depend on types
-            model = onnx.inliner.inline_selected_functions(model, names, inline_schema_functions=True)
+            model = expand(model, names, inline_schema_functions=True)
     except (RuntimeError, ValueError) as error:
         raise SourceError(f"{path}: the model's functions cannot be expanded: {str(error).splitlines()[0]}") from None
     for init in model.graph.initializer:
@@ -296,8 +299,8 @@ def _data_dependent(module: OnnxModule) -> Iterator[Unsupported]:
 
 def _walk(body: GraphBody, data: set[str]) -> Iterator[Unsupported]:
     """``data`` names values that are known only at run time; shapes and what follows from them are not among them."""
-    data |= {name for name, shape in body.constants().items() if _count(shape) > LIMIT}
-    constants = set(body.constants())
+    data |= {name for name, shape in body.constants.items() if _count(shape) > LIMIT}
+    constants = set(body.constants)
     for step in body.steps:
         found, read = step.implementation, [name for name in step.inputs if name in data]
         needed = [] if found is None else [step.inputs[i] for i in found.host if i < len(step.inputs)]

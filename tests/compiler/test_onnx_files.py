@@ -317,6 +317,37 @@ def test_awkward_names_of_weights(tmp_path):
     assert len(exported.state_dict) == len(names)
 
 
+def test_symbolic_shape_arithmetic(tmp_path):
+    """x[:, (columns - 3) / 2 :: -1] reversed rows, with integer division towards zero."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "one"], ["columns"]),
+        helper.make_node("Sub", ["columns", "three"], ["less"]),
+        helper.make_node("Div", ["less", "two"], ["half"]),
+        helper.make_node("Unsqueeze", ["half", "axis"], ["start"]),
+        helper.make_node("Concat", ["start", "last"], ["starts"], axis=0),
+        helper.make_node("Concat", ["end", "end"], ["ends"], axis=0),
+        helper.make_node("Slice", ["x", "starts", "ends", "axes", "steps"], ["y"]),
+    ]
+    constants = [constant("one", 1), constant("two", 2), constant("three", 3), constant("axis", [0])]
+    constants += [
+        constant("end", [-(2**63)]),
+        constant("last", [-1]),
+        constant("axes", [1, 0]),
+        constant("steps", [-1, -2]),
+    ]
+    path = saved(tmp_path, nodes, [("x", FLOAT, ["n", "m"])], ["y"], constants)
+    assert unsupported(path) == []
+    module = load_onnx(path)
+    auto = torch.export.Dim.AUTO
+    exported = export(module, torch.randn(5, 8), dims=({0: auto, 1: auto},)).module()
+    for rows, columns in ((5, 8), (3, 6), (7, 31)):
+        x = torch.randn(rows, columns)
+        expected = x.numpy()[::-2, int((columns - 3) / 2) :: -1]
+        for run in (module, exported):
+            np.testing.assert_array_equal(run(x)["y"].numpy(), expected)
+
+
 def test_a_failing_node_is_named(tmp_path):
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="/encoder/layer.0/MatMul")]
     path = saved(tmp_path, nodes, [("x", FLOAT, [2, 5])], ["y"], [constant("w", np.ones((4, 3)), np.float32)])

@@ -58,7 +58,7 @@ class OnnxNode(nn.Module):
             self.add_module(attribute.name, body)
             return body
         if isinstance(value, onnx.TensorProto):
-            return _constant_host(inline_tensor(value, torch_dtype(value.data_type))) if _small(value) else value
+            return _constant_host(inline_tensor(value, torch_dtype(value.data_type))) if _small(value) else None
         if isinstance(value, bytes):
             return value.decode("utf-8", "replace")
         if isinstance(value, (list, tuple)) or hasattr(value, "append"):
@@ -133,12 +133,19 @@ class OnnxNode(nn.Module):
 
 
 class GraphBody(nn.Module):
-    """A graph or subgraph: its nodes in order, and its initializers as buffers under their own dotted names."""
+    """A graph or subgraph: its nodes in order, and its initializers as buffers under their own dotted names.
+
+    Attributes:
+        inputs: names of the inputs that are no initializers.
+        outputs: names of the outputs.
+        constants: shapes of initializers and Constant nodes by name.
+    """
 
     def __init__(self, proto: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
         super().__init__()
         self.nodes = nn.Module()
         self._steps: list[OnnxNode] = []
+        # emptied by load, because each message keeps the memory of the whole file alive
         self._constants: dict[str, onnx.TensorProto] = {init.name: init for init in proto.initializer}
         for sparse in proto.sparse_initializer:
             raise SourceError(f"initializer {sparse.values.name!r} is sparse, which is not supported; export it dense")
@@ -150,6 +157,7 @@ class GraphBody(nn.Module):
                 step = OnnxNode(node, opsets)
                 self._steps.append(step)
                 _place_module(self.nodes, step.label, step)
+        self.constants = {name: tuple(init.dims) for name, init in self._constants.items()}
         self.inputs = tuple(value.name for value in proto.input if value.name not in self._constants)
         self.outputs = tuple(value.name for value in proto.output)
         self._weights: dict[str, str] = {}  # names to buffers of the outermost graph, by path: that may be a copy
@@ -161,10 +169,6 @@ class GraphBody(nn.Module):
     def steps(self) -> tuple[OnnxNode, ...]:
         """The nodes in order."""
         return tuple(self._steps)
-
-    def constants(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of initializers and Constant nodes by name."""
-        return {name: tuple(proto.dims) for name, proto in self._constants.items()}
 
     def load(self, files: WeightFiles, home: GraphBody | None = None, prefix: str = "") -> None:
         """Read the initializers, of subgraphs too, into buffers of the outermost graph.
@@ -184,14 +188,14 @@ class GraphBody(nn.Module):
             for i in step.implementation.host
             if i < len(step.inputs)
         }
-        for name, proto in self._constants.items():
+        constants, self._constants = self._constants, {}
+        for name, proto in constants.items():
             tensor = files.tensor(proto)
             if tensor.dtype in HOST_DTYPES and (tensor.numel() <= LIMIT or name in needed):
                 self._hosts[name] = _constant_host(tensor)
             path = _place_buffer(home or self, prefix + name, tensor)
             self._weights[name] = path
             (home or self)._buffers_held.append(path)
-            proto.ClearField("raw_data")  # the tensor holds the bytes now
         for step in self._steps:
             for name, body in step.bodies().items():
                 body.load(files, home or self, f"{prefix}{step.label}.{name}.")

@@ -120,7 +120,8 @@ def slice_(node: Node, x: torch.Tensor, *parameters: Host | None) -> torch.Tenso
         # element i of the part is element last - i*|step| of the axis: flip, then step forwards
         size = x.shape[dim]
         first = torch.sym_min(start + size if start < 0 else start, size - 1)
-        last = torch.sym_max(end + size if end < 0 else end, -1)
+        beyond = isinstance(end, int) and end <= -((1 << 31) - 1)  # before every start: spares a symbolic comparison
+        last = -1 if beyond else torch.sym_max(end + size if end < 0 else end, -1)
         x = torch.flip(x, (dim,))[(slice(None),) * dim + (slice(size - 1 - first, size - 1 - last, -step),)]
     return x
 

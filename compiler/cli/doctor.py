@@ -47,7 +47,7 @@ def doctor(build: bool, as_json: bool) -> None:
 def _show(found: dict[str, Any], problems: list[Finding]) -> None:
     click.echo(f"tilewright {found['tilewright']} on {found['platform']}, Python {found['python']}")
     heading("Packages")
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (item["name"], item["version"] or "not installed", item["needs"], item["for"]) for item in found["packages"]
     ]
     table(("package", "version", "needed", "for"), rows, "llll")

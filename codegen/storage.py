@@ -65,10 +65,10 @@ class PackedConstant:
 
     def load(self) -> np.ndarray:
         """Compute and pack it."""
-        array = to_numpy(self.recipe.load())
-        if self.packing is not None:
-            array = self.packing.pack(array)
-        return array.reshape(self.shape)
+        tensor = self.recipe.load()
+        if self.packing is None:
+            return to_numpy(tensor).reshape(self.shape)
+        return self.packing.pack(to_numpy(tensor.float())).reshape(self.shape)
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -19,6 +19,7 @@ from .recognise_gelu import RecogniseGelu
 from .recognise_layer_norm import RecogniseLayerNorm
 from .recognise_rms_norm import RecogniseRmsNorm
 from .recognise_rotary import RecogniseRotary
+from .widen_floats import WidenFloats
 
 
 def pipeline(roles: Roles) -> list[Pass]:
@@ -28,6 +29,8 @@ def pipeline(roles: Roles) -> list[Pass]:
         roles: what each kernel family can take in, as code generation describes it; for ``FuseOperators``.
     """
     return [
+        # Before anything looks at dtypes: no CPU kernel computes in half precision yet.
+        WidenFloats(),
         # Numbers and masks that are computed become constants, which the canonical form then writes as numbers. Large
         # ones wait: weights are still going to change.
         FoldConstants(outline=False),

@@ -19,6 +19,7 @@ from .recognise_gelu import RecogniseGelu
 from .recognise_layer_norm import RecogniseLayerNorm
 from .recognise_rms_norm import RecogniseRmsNorm
 from .recognise_rotary import RecogniseRotary
+from .split_transposed_convolution import SplitTransposedConvolution
 from .widen_floats import WidenFloats
 
 
@@ -51,6 +52,8 @@ def pipeline(roles: Roles) -> list[Pass]:
         FoldBatchNorm(),
         # After attention has taken its scale, which costs nothing there, and before weights are joined.
         FoldScales(),
+        # Once batch norms and scales are in the weights that it rearranges.
+        SplitTransposedConvolution(),
         # Permutations cancel once the norms between them are factors and terms.
         FoldTransposes(),
         # Weights have their final values, and nothing after this looks at single projections.

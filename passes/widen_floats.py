@@ -3,8 +3,9 @@
 Before:  y = op(x, w)                                  x, w, y: float16 or bfloat16
 After:   y = to(op(to(x, float32), to(w, float32)), y's dtype)
 
-Conversions stand at the borders only: after inputs, states and constants, before outputs and new states. Nothing is lost:
-every half-precision number is a float32, and intermediate values keep the digits that they would have been rounded to.
+Conversions stand at the borders only: after inputs, states and constants, before outputs and new states. Nothing is
+lost: every half-precision number is a float32, and intermediate values keep the digits that they would have been
+rounded to.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ class WidenFloats(Pass):
     def run(self, program: Program, report: Report) -> None:
         """Rewrite the program in place."""
         graph = program.graph
-        computed = [node for node in graph.nodes if node.op == "call_function" and _is_half(node) and not _at_border(node)]
+        halves = [node for node in graph.nodes if _is_half(node)]
+        computed = [node for node in halves if node.op == "call_function" and not _at_border(node)]
         if not computed:
             return
-        narrow = {node: node.meta["val"].dtype for node in graph.nodes if _is_half(node)}
+        narrow = {node: node.meta["val"].dtype for node in halves}
         for node in list(graph.nodes):
             if node.op in ("placeholder", "get_attr"):
                 if node in narrow and node.users:

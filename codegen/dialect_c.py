@@ -35,6 +35,7 @@ _INFIX = {
 _SIZE_SIGNS = {
     "add": " + ", "mul": " * ", "floordiv": " / ", "mod": " % ", "eq": " == ", "ne": " != ", "le": " <= ", "lt": " < ",
 }  # fmt: skip
+_FLOOR = {"floordiv": "tw_floordiv_i64", "mod": "tw_remainder_i64"}
 _LOGIC = {"and": "&", "or": "|", "xor": "^"}
 # Operations with a function per type in tw_math.h: tw_<name>_f32 and, for doubles, tw_<name>_f64.
 FUNCTIONS = frozenset(
@@ -49,7 +50,10 @@ EXPENSIVE = frozenset(FUNCTIONS - {"floor", "ceil", "trunc", "maximum", "minimum
 
 
 def size(value: Size) -> str:
-    """An index expression in C (operands are never negative, so C's division is the floor)."""
+    """An index expression in C, whose division rounds towards zero: a numerator that may be negative takes the floor.
+
+    Names stand for loop variables, sizes and checked indices, none of which is negative; divisors are positive.
+    """
     if isinstance(value, int):
         return str(value) if abs(value) < 2**31 else f"INT64_C({value})"
     if isinstance(value, str):
@@ -57,17 +61,19 @@ def size(value: Size) -> str:
     args = [_operand(arg) for arg in value.args]
     if value.op in ("max", "min"):
         return f"tw_{value.op}_i64({args[0]}, {args[1]})"
-    sign = {
-        "add": " + ",
-        "mul": " * ",
-        "floordiv": " / ",
-        "mod": " % ",
-        "eq": " == ",
-        "ne": " != ",
-        "le": " <= ",
-        "lt": " < ",
-    }
-    return sign[value.op].join(args).replace("+ -", "- ")
+    if value.op in _FLOOR and _may_be_negative(value.args[0]):
+        return f"{_FLOOR[value.op]}({size(value.args[0])}, {size(value.args[1])})"
+    return _SIZE_SIGNS[value.op].join(args).replace("+ -", "- ")
+
+
+def _may_be_negative(value: Size) -> bool:
+    if isinstance(value, int):
+        return value < 0
+    if isinstance(value, str) or value.op in ("mod", "eq", "ne", "le", "lt"):
+        return False
+    if value.op == "max":
+        return all(map(_may_be_negative, value.args))
+    return any(map(_may_be_negative, value.args))
 
 
 def _operand(value: Size) -> str:

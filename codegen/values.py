@@ -119,6 +119,9 @@ class Kernel:
             factor = sizes.floordiv(term, by)
             if sizes.mul(factor, by) == term:
                 quotient.append(factor)
+            elif isinstance(term, int) and isinstance(by, int):  # so that the remainder is not negative
+                quotient.append(factor)
+                rest.append(term % by)
             else:
                 rest.append(term)
         remainder = sizes.add(*rest)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ...runtime import sizes
-from ...runtime.errors import CompileError
+from ...runtime.errors import CompileError, UnsupportedOperator
 from ...runtime.sizes import Size
 from ..expr import COMPUTE_DTYPE, Expr
 from ..registry import Region, lowers, overloads
@@ -283,6 +283,35 @@ def _affine(
         return value
 
     return Value(shape, dtype, at)
+
+
+@lowers(*overloads("batch_norm", "_native_batch_norm_legit_no_training"), role="pointwise")
+def _batch_norm(
+    region: Region, node: fx.Node, a: Value, weight: Any, bias: Any, mean: Any, variance: Any, *rest: Any
+) -> Any:
+    """Batch norm in inference, where its pass is off or refuses; what depends on the channel alone has its shape."""
+    several = isinstance(node.meta["val"], tuple | list)
+    if not several and rest[0]:
+        raise UnsupportedOperator("it normalises by the statistics of the batch; call module.eval() before compiling")
+    if not isinstance(mean, Value) or not isinstance(variance, Value):
+        raise UnsupportedOperator("it has no running statistics to normalise by (track_running_stats=False)")
+    eps = rest[-1] if several else rest[2]
+    builder, compute = region.builder, a.compute
+    per_channel = (a.shape[1], *(1,) * (len(a.shape) - 2))
+    centre, spread = (broadcast(reshape(region.kernel, item, per_channel), a.shape) for item in (mean, variance))
+
+    def at(index: tuple[Size, ...], mask: Mask) -> Expr:
+        shifted = builder.call(
+            "sub", compute, builder.cast(a.at(index, mask), compute), builder.cast(centre.at(index, mask), compute)
+        )
+        squared = builder.call(
+            "add", compute, builder.cast(spread.at(index, mask), compute), builder.const(eps, compute)
+        )
+        return builder.call("mul", compute, shifted, builder.call("rsqrt", compute, squared))
+
+    affine = [reshape(region.kernel, p, per_channel) if isinstance(p, Value) else None for p in (weight, bias)]
+    result = _affine(region, Value(a.shape, compute, at), *affine, a.shape, a.dtype, compute)
+    return (result, None, None) if several else result
 
 
 @lowers(*overloads("group_norm", "native_group_norm"), role="reduction")

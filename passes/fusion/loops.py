@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import inf
 
+import torch
 from torch import fx
 
 from ..graph.edit import same_shape, tensor_shape
@@ -155,7 +156,7 @@ def _reasons(answers: dict[Vertex, Admission | str]) -> str:
 def _is_large(operand: fx.Node) -> bool:
     """Whether an operand is a tensor that some kernel has to load from memory."""
     value = operand.meta.get("val")
-    return hasattr(value, "shape") and len(value.shape) > 0 and not is_generated(operand)
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and not is_generated(operand)
 
 
 def _enter(vertex: Vertex, node: fx.Node, admission: Admission, *, reduces: bool = False) -> None:

@@ -49,8 +49,11 @@ class Axis:
 Make = Callable[[Kernel], tuple[Sequence[Parameter], Sequence[Output]]]
 
 
-def build_loop(make: Make, ranges: dict[str, tuple[int, int]], label: str) -> KernelCode:
-    """Generate a loop kernel.
+def build_loop(make: Make, ranges: dict[str, tuple[int, int]], label: str) -> list[tuple[Size, KernelCode]]:
+    """Generate the variants of a loop kernel: (guard, kernel), the last one with guard 1.
+
+    There are two where a row may or may not fit the stack: short rows keep what several passes need, long ones compute
+    it again.
 
     Args:
         make: builds the region's values in a fresh :class:`Kernel`; called once or twice, since the form of the index
@@ -61,6 +64,7 @@ def build_loop(make: Make, ranges: dict[str, tuple[int, int]], label: str) -> Ke
     draft = _Draft(make, ranges, split=0)
     builder, vector = draft.kernel.builder, draft.space.axes[-1].variable
     reductions = [node for node in walk(builder, draft.roots) if isinstance(node, Reduce)]
+    form: Callable[..., Body]
     if not reductions:
         form = _pointwise
     elif not any(vector in builder.free(node) for node in reductions):
@@ -72,9 +76,24 @@ def build_loop(make: Make, ranges: dict[str, tuple[int, int]], label: str) -> Ke
         cut = _Draft(make, ranges, split=LANES if _reads_blocked(draft.parameters) else LANE_CHUNK)
         form = _lanes if _lanes_pay(cut.kernel, cut.roots, cut.space.axes[-1].variable) else _each
         draft = cut if form is _lanes else _Draft(make, ranges, split=0)
+    if form is not _rows:
+        return [(1, _code(draft, form(draft), label))]
+    length, limit = draft.space.axes[-1].extent, _kept_row(draft)
+    if limit == 0 or sizes.bounds(length, ranges)[0] > limit:
+        return [(1, _code(draft, _rows(draft, keep=0), label))]
+    most = min(limit, sizes.bounds(length, ranges)[1])
+    kept = _code(draft, _rows(draft, keep=most), label)
+    if sizes.bounds(length, ranges)[1] <= limit:
+        return [(1, kept)]
+    again = _Draft(make, ranges, split=0)
+    return [(sizes.compare("le", length, limit), kept), (1, _code(again, _rows(again, keep=0), label))]
+
+
+def _code(draft: _Draft, body: Body, label: str) -> KernelCode:
+    """A finished body as a kernel."""
     kernel, parameters, outputs = draft.kernel, draft.parameters, draft.outputs
-    body = form(kernel, draft.space, outputs, draft.roots)
     lines, units, roots = body
+    ranges = draft.ranges
     used = set().union(*(kernel.builder.free(root) for root in roots), kernel.builder.free_size(units))
     used |= {name for output in outputs for extent in output.parameter.shape for name in sizes.symbols_of(extent)}
     symbols = tuple(name for name in ranges if name in used)
@@ -153,6 +172,7 @@ class _Draft:
     """The region's values in a fresh kernel, at the index of one form of the iteration space."""
 
     def __init__(self, make: Make, ranges: dict[str, tuple[int, int]], *, split: int) -> None:
+        self.ranges = ranges
         self.kernel = Kernel(ranges)
         self.parameters, self.outputs = make(self.kernel)
         self.space = _Space(self.kernel, self.outputs[0].parameter, split=split)
@@ -178,13 +198,14 @@ def _unit_loop(axes: Sequence[Axis], inner: Sequence[str], declarations: Sequenc
     return [*declarations, *lines, *(f"    {line}" for line in inner), "}"]
 
 
-def _emitter(kernel: Kernel, outputs: Sequence[Output], lanes: Lanes | None = None) -> Emitter:
-    dtypes = dict(kernel.storage)
-    dtypes.update({output.parameter.name: output.parameter.dtype for output in outputs})
-    return Emitter(kernel.builder, dtypes, lanes)
+def _emitter(draft: _Draft, lanes: Lanes | None = None) -> Emitter:
+    dtypes = dict(draft.kernel.storage)
+    dtypes.update({output.parameter.name: output.parameter.dtype for output in draft.outputs})
+    return Emitter(draft.kernel.builder, dtypes, lanes)
 
 
-def _pointwise(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: list[Expr]) -> Body:
+def _pointwise(draft: _Draft) -> Body:
+    kernel, space, outputs, roots = draft.kernel, draft.space, draft.outputs, draft.roots
     builder = kernel.builder
     stores = [space.offset(output.parameter) for output in outputs]
     axes = list(space.axes)
@@ -205,7 +226,7 @@ def _pointwise(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: 
         axes = [*axes[:-1], Axis(chunk, sizes.ceildiv(vector.extent, CHUNK)), Axis(inner, CHUNK)]
     else:
         count = dialect_c.size(vector.extent if limit is None else limit)
-    emitter = _emitter(kernel, outputs)
+    emitter = _emitter(draft)
     unit = Scope(emitter, None, [axis.variable for axis in axes[:-1]])
     element = unit.child(axes[-1].variable)
     for output, root, store in zip(outputs, roots, stores, strict=True):
@@ -220,16 +241,23 @@ def _simd(scope: Scope) -> str:
     return "" if any("tw_index(" in line for line in scope.lines) else SIMD
 
 
-def _rows(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: list[Expr]) -> Body:
+def _kept_row(draft: _Draft) -> int:
+    """The longest row whose kept expressions fit the stack; 0 where there is nothing to keep."""
+    vector = draft.space.axes[-1]
+    cache = plan_row_cache(_emitter(draft), draft.roots, vector.variable, vector.extent)
+    per_element = sum(dialect_c.BYTES[expr.dtype] for expr in cache.arrays)
+    return ROW_STACK // per_element // 64 * 64 if per_element else 0
+
+
+def _rows(draft: _Draft, *, keep: int) -> Body:
+    space, outputs, roots = draft.space, draft.outputs, draft.roots
     vector = space.axes[-1]
-    emitter = _emitter(kernel, outputs)
-    most = sizes.bounds(vector.extent, kernel.ranges)[1]
-    cache = plan_row_cache(emitter, roots, vector.variable, vector.extent)
+    emitter = _emitter(draft)
     declarations = []
-    if cache.arrays and most * sum(dialect_c.BYTES[expr.dtype] for expr in cache.arrays) <= ROW_STACK:
-        emitter.cache = cache
+    if keep:
+        emitter.cache = cache = plan_row_cache(emitter, roots, vector.variable, vector.extent)
         declarations = [
-            f"{dialect_c.TYPES[expr.dtype]} {name}[{most}] __attribute__((aligned(64)));"
+            f"{dialect_c.TYPES[expr.dtype]} {name}[{keep}] __attribute__((aligned(64)));"
             for expr, name in cache.arrays.items()
         ]
     outer = space.outer()
@@ -242,7 +270,8 @@ def _rows(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: list[
     return _unit_loop(outer, unit.lines, declarations), sizes.product(axis.extent for axis in outer), roots
 
 
-def _lanes(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: list[Expr]) -> Body:
+def _lanes(draft: _Draft) -> Body:
+    kernel, space, outputs, roots = draft.kernel, draft.space, draft.outputs, draft.roots
     vector = space.axes[-1]
     most = sizes.bounds(vector.extent, kernel.ranges)[1]
     count = dialect_c.size(vector.extent)
@@ -251,7 +280,7 @@ def _lanes(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: list
         lines = [f"const int64_t lanes = {dialect_c.size(space.lane_limit)};"]
         count = "lanes"
     outer = space.outer()
-    emitter = _emitter(kernel, outputs, Lanes(vector.variable, count, most))
+    emitter = _emitter(draft, Lanes(vector.variable, count, most))
     unit = Scope(emitter, None, [axis.variable for axis in outer])
     unit.lines.extend(lines)
     element = unit.child(vector.variable)
@@ -261,9 +290,10 @@ def _lanes(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: list
     return _unit_loop(outer, unit.lines), sizes.product(axis.extent for axis in outer), roots
 
 
-def _each(kernel: Kernel, space: _Space, outputs: Sequence[Output], roots: list[Expr]) -> Body:
+def _each(draft: _Draft) -> Body:
+    space, outputs, roots = draft.space, draft.outputs, draft.roots
     axes = space.axes
-    emitter = _emitter(kernel, outputs)
+    emitter = _emitter(draft)
     unit = Scope(emitter, None, [axis.variable for axis in axes])
     for output, root in zip(outputs, roots, strict=True):
         unit.store(output.parameter.name, space.offset(output.parameter), root)

@@ -8,18 +8,30 @@ from typing import Any
 
 from torch import fx
 
+from ..passes.graph.regions import body, is_region
 from ..runtime.plan import Origin
+from .registry import find_lowering
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in')
 
 
 def origin_of(node: fx.Node) -> Origin:
-    """Provenance from a node's meta, with paths relative to the package that they belong to."""
+    """Provenance from a node's meta, with paths relative to the package that they belong to.
+
+    A region stands for several nodes: it is named after the one that does the work, its anchor, else after the first
+    that knows its module.
+    """
+    names = tuple(node.meta.get("from", [node.name]))
+    if is_region(node):
+        inside = [inner for inner in body(node).graph.nodes if inner.op == "call_function"]
+        known = [inner for inner in inside if inner.meta.get("nn_module_stack") or inner.meta.get("onnx_node")]
+        anchors = [inner for inner in known if (found := find_lowering(inner.target)) is None or found.role == "anchor"]
+        node = (anchors or known or [node])[0]
     stack = node.meta.get("stack_trace") or ""
     frames = _FRAME.findall(stack)
     source = f"{relative_path(frames[-1][0])}:{frames[-1][1]}" if frames else ""
     module = str(node.meta.get("onnx_node") or module_path(node.meta.get("nn_module_stack")))
-    return Origin(tuple(node.meta.get("from", [node.name])), module, source)
+    return Origin(names, module, source)
 
 
 def module_path(stack: Any) -> str:

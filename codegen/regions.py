@@ -144,7 +144,8 @@ def loop_family(task: Task) -> Sequence[Made]:
         outputs = [Output(parameter, value) for parameter, value in zip(frame.results(), values, strict=True)]
         return frame.parameters, outputs
 
-    return [Made(build_loop(make, task.symbols.ranges, task.label()), frame.storages)]
+    variants = build_loop(make, task.symbols.ranges, task.label())
+    return [Made(code, frame.storages, guard) for guard, code in variants]
 
 
 def _used_placeholders(task: Task) -> set[fx.Node]:

@@ -204,3 +204,17 @@ def test_one_element_and_zero_sizes(compiled, assert_same):
     module = Small()
     model = compiled(module, (torch.randn(4, 3),), ({0: torch.export.Dim("rows", min=0, max=9)},), passes=False)
     assert_same(model, module, (torch.randn(0, 3),))
+
+
+def test_long_rows_take_another_variant(compiled, assert_same):
+    class Rows(nn.Module):
+        def forward(self, x):
+            return torch.softmax(x, -1), F.layer_norm(x * 2 + 1, x.shape[-1:])
+
+    module = Rows()
+    shapes = ({1: torch.export.Dim("length", max=200_000)},)
+    model = compiled(module, (torch.randn(3, 40),), shapes)
+    guards = [[variant.guard for variant in step.variants] for step in model.entry("main").plan.steps]
+    assert any(len(variants) == 2 and variants[-1] == 1 for variants in guards)
+    for length in (1, 40, 24_000, 100_001):
+        assert_same(model, module, (torch.randn(3, length),), 4e-6)

@@ -74,7 +74,7 @@ class AlignLayouts(Pass):
     def _decide(self, region: fx.Node, wanted: set[fx.Node], report: Report) -> None:
         if "layouts" in region.meta:
             return
-        results = results_of(region)
+        results = _results(region)
         if not all(has_channels(result) for result in results):
             return
         answer, why = self._layout(region, results, wanted)
@@ -82,7 +82,7 @@ class AlignLayouts(Pass):
             value = region.meta["val"]
             region.meta["layouts"] = (BLOCKED,) * (len(value) if isinstance(value, tuple) else 1)
             report.change(region, f"{BLOCKED}: {why}")
-        else:
+        elif region.meta["region"].family == "convolution" or wanted & set(results) or _reads_blocked(region):
             report.refuse(region, f"lies in rows: {why}")
 
     def _layout(self, region: fx.Node, results: list[fx.Node], wanted: set[fx.Node]) -> tuple[str, str]:
@@ -104,7 +104,7 @@ class AlignLayouts(Pass):
             return BLOCKED, "a convolution makes blocks"
         blocks, rows = 0, 0
         for operand in region.all_input_nodes:
-            if has_channels(operand) and not is_constant_operand(operand):
+            if has_channels(operand) and not _is_constant(operand):
                 weight = _weight(operand)
                 blocks, rows = (blocks + weight, rows) if layout_of(operand) == BLOCKED else (blocks, rows + weight)
         return (BLOCKED, "most of what it reads is") if blocks > rows else (ROWS, "most of what it reads is")
@@ -137,12 +137,16 @@ class AlignLayouts(Pass):
         return copies
 
 
-def results_of(region: fx.Node) -> list[fx.Node]:
+def _results(region: fx.Node) -> list[fx.Node]:
     """The nodes that stand for a region's results: itself, or its items."""
     return list(region.users) if isinstance(region.meta["val"], tuple | list) else [region]
 
 
-def is_constant_operand(value: fx.Node) -> bool:
+def _reads_blocked(region: fx.Node) -> bool:
+    return any(layout_of(operand) == BLOCKED for operand in region.all_input_nodes)
+
+
+def _is_constant(value: fx.Node) -> bool:
     """Whether an operand is a constant, which lies as its reader wants it."""
     return value.op == "get_attr" or is_region(value, "constant")
 

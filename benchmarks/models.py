@@ -4,8 +4,8 @@
     python -m benchmarks.models resnet50 --json      # one model; JSON on stdout
 
 Per model: median latency of both, the ratio of the medians (above 1: Tilewright is faster), the largest error against
-eager, compile time, and scratch memory beside its lower bound at the smallest, the sample's and the largest sizes. Compare
-ratios of one run only: machines differ and drift.
+eager, compile time, and scratch memory beside its lower bound at the smallest, the sample's and the largest sizes.
+Compare ratios of one run only: machines differ and drift.
 """
 
 from __future__ import annotations
@@ -120,8 +120,6 @@ def measure(case: Case, threads: int, repeat: int, folder: Path) -> dict[str, An
         "memory": info["memory"],
     }
     model.close()
-    del module
-    gc.collect()
     return result
 
 
@@ -153,6 +151,15 @@ def errors(reference: list[torch.Tensor], values: list[Any]) -> list[float]:
     ]
 
 
+def line(result: dict[str, Any]) -> str:
+    """One model's figures for the terminal."""
+    return (
+        f"{result['model']:<20} {result['inputs']:<18} tilewright {result['tilewright_ms']:8.2f} ms   "
+        f"eager {result['eager_ms']:8.2f} ms   ratio {result['ratio']:5.2f} (of minima {result['ratio_of_minima']:5.2f})   "
+        f"error {result['error']:.1e}   compiled in {result['compile_seconds']:.1f} s"
+    )
+
+
 def main() -> None:
     """Run the chosen cases and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,12 +174,8 @@ def main() -> None:
         for case in chosen:
             result = measure(case, options.threads, options.repeat, Path(folder))
             results.append(result)
-            print(
-                f"{result['model']:<20} {result['inputs']:<18} tilewright {result['tilewright_ms']:8.2f} ms   "
-                f"eager {result['eager_ms']:8.2f} ms   ratio {result['ratio']:5.2f} ({result['ratio_of_minima']:.2f} of "
-                f"minima)   error {result['error']:.1e}   compiled in {result['compile_seconds']:.1f} s",
-                file=sys.stderr,
-            )
+            gc.collect()
+            print(line(result), file=sys.stderr)
     if options.json:
         print(json.dumps({"torch": torch.__version__, "results": results}, indent=1))
 

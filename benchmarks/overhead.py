@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+
 import tilewright
 from tilewright.codegen import toolchain
 from tilewright.codegen.artifact import TargetBinaries, weights_id, write_artifact

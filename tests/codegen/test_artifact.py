@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
+
 from tilewright.codegen import artifact as writer
 from tilewright.codegen.artifact import ConstantData, TargetBinaries, layout_constants, weights_id, write_artifact
 from tilewright.runtime.artifact import read_artifact, verify_integrity

@@ -15,16 +15,17 @@ class Pointwise(nn.Module):
         positive = x.abs() + 0.1
         return (
             x + y, x - y, x * y, x / (y.abs() + 1), torch.maximum(x, y), torch.minimum(x, y), x.neg(), x.abs(),
-            torch.exp(x), torch.expm1(x), torch.log(positive), torch.log1p(positive), torch.log2(positive), torch.tanh(x),
-            torch.erf(x), torch.sigmoid(x), torch.sin(x), torch.cos(x), torch.sqrt(positive), torch.rsqrt(positive),
-            torch.floor(x), torch.ceil(x), torch.round(x), torch.trunc(x), torch.sign(x), F.silu(x), F.relu(x), F.relu6(x * 5),
-            F.hardtanh(x), x.clamp(-0.5, 0.5), x.clamp(min=0.2), F.hardsigmoid(x * 3), F.hardswish(x * 3), F.gelu(x),
-            F.gelu(x, approximate="tanh"), F.leaky_relu(x, 0.2), F.elu(x), F.selu(x), F.softplus(x), F.mish(x),
-            F.logsigmoid(x), x.reciprocal(), torch.pow(positive, y), x**2, x**3, positive**0.5, positive**-0.5, x**-2,
-            torch.remainder(x, 0.7), torch.fmod(x, 0.7), torch.atan2(x, y), F.hardshrink(x), F.softshrink(x), torch.erfc(x),
-            torch.add(x, y, alpha=2), torch.rsub(x, y, alpha=3), 1 - x, torch.square(x), F.threshold(x, 0.1, 20.0),
-            torch.where(x > y, x, y), x.masked_fill(x > 0, -1.0), torch.div(x, y, rounding_mode="floor"),
-            torch.div(x, y, rounding_mode="trunc"), torch.tan(x), torch.asin(x.clamp(-1, 1)), torch.atan(x), torch.sinh(x),
+            torch.exp(x), torch.expm1(x), torch.log(positive), torch.log1p(positive), torch.log2(positive),
+            torch.tanh(x), torch.erf(x), torch.sigmoid(x), torch.sin(x), torch.cos(x), torch.sqrt(positive),
+            torch.rsqrt(positive), torch.floor(x), torch.ceil(x), torch.round(x), torch.trunc(x), torch.sign(x),
+            F.silu(x), F.relu(x), F.relu6(x * 5), F.hardtanh(x), x.clamp(-0.5, 0.5), x.clamp(min=0.2), F.hardsigmoid(x
+            * 3), F.hardswish(x * 3), F.gelu(x), F.gelu(x, approximate="tanh"), F.leaky_relu(x, 0.2), F.elu(x),
+            F.selu(x), F.softplus(x), F.mish(x), F.logsigmoid(x), x.reciprocal(), torch.pow(positive, y), x**2, x**3,
+            positive**0.5, positive**-0.5, x**-2, torch.remainder(x, 0.7), torch.fmod(x, 0.7), torch.atan2(x, y),
+            F.hardshrink(x), F.softshrink(x), torch.erfc(x), torch.add(x, y, alpha=2), torch.rsub(x, y, alpha=3), 1 -
+            x, torch.square(x), F.threshold(x, 0.1, 20.0), torch.where(x > y, x, y), x.masked_fill(x > 0, -1.0),
+            torch.div(x, y, rounding_mode="floor"), torch.div(x, y, rounding_mode="trunc"), torch.tan(x),
+            torch.asin(x.clamp(-1, 1)), torch.atan(x), torch.sinh(x),
         )  # fmt: skip
 
 
@@ -32,12 +33,13 @@ class Logic(nn.Module):
     def forward(self, x, i):
         a, b = x > 0, i > 2
         return (
-            a, x >= 0.5, x < i, x == x, x != 0, i <= 3, a & b, a | b, a ^ b, ~a, torch.logical_and(a, b), torch.logical_not(x),
-            i // 3, i % 3, i * 2 - 1, -i, i & 3, i | 4, i ^ 5, i << 2, i >> 1, ~i, i.abs(), i.float() / 2, i.to(torch.int32),
-            x.to(torch.int64), x.isnan(), x.isinf(), (x / 0).isfinite(), a.float(), a.any(-1), b.all(1), i.sum(-1), a.sum(),
-            torch.full_like(x, 3.0), torch.zeros_like(i), torch.ones_like(a), torch.arange(x.shape[1]) + i,
-            torch.arange(3, 17, 2), torch.where(a, 1.5, 0.0), torch.div(i, 2), torch.div(i, 3, rounding_mode="trunc"),
-            i.clamp(1, 4), torch.maximum(i, i.flip(0)), i.amax(1), i.argmin(1), a.to(torch.uint8), i.double() / 3,
+            a, x >= 0.5, x < i, x == x, x != 0, i <= 3, a & b, a | b, a ^ b, ~a, torch.logical_and(a, b),
+            torch.logical_not(x), i // 3, i % 3, i * 2 - 1, -i, i & 3, i | 4, i ^ 5, i << 2, i >> 1, ~i, i.abs(),
+            i.float() / 2, i.to(torch.int32), x.to(torch.int64), x.isnan(), x.isinf(), (x / 0).isfinite(), a.float(),
+            a.any(-1), b.all(1), i.sum(-1), a.sum(), torch.full_like(x, 3.0), torch.zeros_like(i), torch.ones_like(a),
+            torch.arange(x.shape[1]) + i, torch.arange(3, 17, 2), torch.where(a, 1.5, 0.0), torch.div(i, 2),
+            torch.div(i, 3, rounding_mode="trunc"), i.clamp(1, 4), torch.maximum(i, i.flip(0)), i.amax(1),
+            i.argmin(1), a.to(torch.uint8), i.double() / 3,
         )  # fmt: skip
 
 
@@ -46,26 +48,28 @@ class Views(nn.Module):
         b, s, c = x.shape
         first, second, third = x.split([3, 5, c - 8], dim=2)
         return (
-            x.permute(2, 0, 1), x.transpose(0, 2), x.reshape(b, s * c), x.reshape(b * s, c).t(), x.unsqueeze(1).expand(b, 3, s, c),
-            x[:, :, 2:-1], x[:, ::2], x[:, -1], x[..., ::3], x.flip(1), x.repeat(2, 1, 3), x.repeat_interleave(2, 1),
-            torch.cat([x, x * 2, x[:, :1]], 1), torch.stack([x, -x], 1), F.pad(x, (1, 2, 3, 0)), F.pad(x, (-1, -2)),
-            F.pad(x, (2, 1), value=7.0), torch.tril(x), torch.triu(x, 1), first * 2, second + 1, third - 1, x.roll(1, 1),
-            x.view(b, s, 2, c // 2).transpose(2, 3).reshape(b, s, c), x.unflatten(2, (c // 2, 2)).sum(-1), x.unsqueeze(0).squeeze(0),
-            x.chunk(2, -1)[1] * 1, torch.diagonal(x, 0, 1, 2) + 0, x.movedim(0, -1), x.unbind(2)[4] + 0,
-            F.pad(x, (3, 2), mode="reflect"), F.pad(x, (3, 2), mode="replicate"), F.pad(x, (3, 2), mode="circular"),
+            x.permute(2, 0, 1), x.transpose(0, 2), x.reshape(b, s * c), x.reshape(b * s, c).t(),
+            x.unsqueeze(1).expand(b, 3, s, c), x[:, :, 2:-1], x[:, ::2], x[:, -1], x[..., ::3], x.flip(1), x.repeat(2,
+            1, 3), x.repeat_interleave(2, 1), torch.cat([x, x * 2, x[:, :1]], 1), torch.stack([x, -x], 1), F.pad(x,
+            (1, 2, 3, 0)), F.pad(x, (-1, -2)), F.pad(x, (2, 1), value=7.0), torch.tril(x), torch.triu(x, 1), first *
+            2, second + 1, third - 1, x.roll(1, 1), x.view(b, s, 2, c // 2).transpose(2, 3).reshape(b, s, c),
+            x.unflatten(2, (c // 2, 2)).sum(-1), x.unsqueeze(0).squeeze(0), x.chunk(2, -1)[1] * 1, torch.diagonal(x,
+            0, 1, 2) + 0, x.movedim(0, -1), x.unbind(2)[4] + 0, F.pad(x, (3, 2), mode="reflect"), F.pad(x, (3, 2),
+            mode="replicate"), F.pad(x, (3, 2), mode="circular"),
         )  # fmt: skip
 
 
 class Reductions(nn.Module):
     def forward(self, x):
         return (
-            x.sum(-1), x.sum(1), x.sum((0, 2)), x.sum(), x.mean(-1, keepdim=True), x.mean(1), x.mean(), x.amax(-1), x.amin(1),
-            x.max(), x.prod(2), x.var(-1), x.std(1), x.var((1, 2), correction=0), torch.softmax(x, -1), torch.softmax(x, 1),
-            torch.log_softmax(x, -1), F.layer_norm(x, x.shape[-1:]), F.layer_norm(x, x.shape[-1:], x[0, 0], x[0, 0] * 2),
-            F.rms_norm(x, x.shape[-1:], x[0, 0], 1e-5), x.argmax(-1), x.argmax(1, keepdim=True), x.argmin(-1), x.argmax(),
-            *x.max(1), *x.min(-1), x.cumsum(1), x.cumsum(-1), F.group_norm(x.transpose(1, 2), 4), torch.softmax(x * 2, 0),
-            F.normalize(x, dim=-1), torch.linalg.vector_norm(x, dim=-1),
-            torch.linalg.vector_norm(x, 1, dim=1), torch.linalg.vector_norm(x, 3.0), torch.linalg.vector_norm(x, float("inf"), dim=-1),
+            x.sum(-1), x.sum(1), x.sum((0, 2)), x.sum(), x.mean(-1, keepdim=True), x.mean(1), x.mean(), x.amax(-1),
+            x.amin(1), x.max(), x.prod(2), x.var(-1), x.std(1), x.var((1, 2), correction=0), torch.softmax(x, -1),
+            torch.softmax(x, 1), torch.log_softmax(x, -1), F.layer_norm(x, x.shape[-1:]), F.layer_norm(x,
+            x.shape[-1:], x[0, 0], x[0, 0] * 2), F.rms_norm(x, x.shape[-1:], x[0, 0], 1e-5), x.argmax(-1), x.argmax(1,
+            keepdim=True), x.argmin(-1), x.argmax(), *x.max(1), *x.min(-1), x.cumsum(1), x.cumsum(-1),
+            F.group_norm(x.transpose(1, 2), 4), torch.softmax(x * 2, 0), F.normalize(x, dim=-1),
+            torch.linalg.vector_norm(x, dim=-1), torch.linalg.vector_norm(x, 1, dim=1), torch.linalg.vector_norm(x,
+            3.0), torch.linalg.vector_norm(x, float("inf"), dim=-1),
         )  # fmt: skip
 
 
@@ -78,22 +82,24 @@ class Indexing(nn.Module):
         rows = self.table(ids)
         other = x.slice_scatter(x[:, :1] * 5, 1, 1, 2)
         return (
-            rows, rows + 1, torch.index_select(x, 1, ids[0] % 2), torch.gather(x, 2, (ids % 21).unsqueeze(1).expand(-1, 2, -1)),
-            x[:, ids[0] % 3], x[:, :, -1 - ids[0] % 5], other, x.select_scatter(x[:, 0] * 2, 1, -1),
-            x.index_copy(1, ids[0, :2] % 2, x[:, :2] * 3), F.one_hot(ids[:, :2] % 3, 4),
+            rows, rows + 1, torch.index_select(x, 1, ids[0] % 2), torch.gather(x, 2, (ids %
+            21).unsqueeze(1).expand(-1, 2, -1)), x[:, ids[0] % 3], x[:, :, -1 - ids[0] % 5], other,
+            x.select_scatter(x[:, 0] * 2, 1, -1), x.index_copy(1, ids[0, :2] % 2, x[:, :2] * 3), F.one_hot(ids[:, :2]
+            % 3, 4),
         )  # fmt: skip
 
 
 class Windows(nn.Module):
     def forward(self, x):
         return (
-            F.max_pool2d(x, 3, 2, 1), F.max_pool2d(x, 2, ceil_mode=True), F.max_pool2d(x, (3, 2), (1, 2), (1, 0), dilation=2),
-            F.avg_pool2d(x, 2), F.avg_pool2d(x, 3, 2, 1), F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
-            F.avg_pool2d(x, 3, 2, ceil_mode=True), F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, (3, 5)),
-            F.adaptive_max_pool2d(x, (2, 3)), F.interpolate(x, scale_factor=2), F.interpolate(x, size=(9, 20)),
-            F.interpolate(x, scale_factor=2, mode="bilinear"), F.interpolate(x, size=(5, 31), mode="bilinear", align_corners=True),
-            F.max_pool1d(x[:, :, 0], 3, 1, 1), F.avg_pool1d(x[:, :, 0], 3, 2), F.pixel_shuffle(x[:, :16], 2),
-            F.interpolate(x[:, :, 0], scale_factor=2, mode="linear"), F.adaptive_avg_pool1d(x[:, 0], 4),
+            F.max_pool2d(x, 3, 2, 1), F.max_pool2d(x, 2, ceil_mode=True), F.max_pool2d(x, (3, 2), (1, 2), (1, 0),
+            dilation=2), F.avg_pool2d(x, 2), F.avg_pool2d(x, 3, 2, 1), F.avg_pool2d(x, 3, 2, 1,
+            count_include_pad=False), F.avg_pool2d(x, 3, 2, ceil_mode=True), F.adaptive_avg_pool2d(x, 1),
+            F.adaptive_avg_pool2d(x, (3, 5)), F.adaptive_max_pool2d(x, (2, 3)), F.interpolate(x, scale_factor=2),
+            F.interpolate(x, size=(9, 20)), F.interpolate(x, scale_factor=2, mode="bilinear"), F.interpolate(x,
+            size=(5, 31), mode="bilinear", align_corners=True), F.max_pool1d(x[:, :, 0], 3, 1, 1), F.avg_pool1d(x[:,
+            :, 0], 3, 2), F.pixel_shuffle(x[:, :16], 2), F.interpolate(x[:, :, 0], scale_factor=2, mode="linear"),
+            F.adaptive_avg_pool1d(x[:, 0], 4),
         )  # fmt: skip
 
 
@@ -150,9 +156,9 @@ def test_special_values(compiled, assert_same):
     class Specials(nn.Module):
         def forward(self, x):
             return (
-                F.relu(x), x.clamp(-1, 1), torch.exp(x), torch.sigmoid(x), torch.tanh(x), x.amax(-1), x.amin(-1), x.isnan(),
-                torch.softmax(x[:, 5:], -1), torch.log(x), torch.sqrt(x), torch.maximum(x, x.flip(1)), x.argmax(-1),
-                torch.erf(x), torch.sign(x),
+                F.relu(x), x.clamp(-1, 1), torch.exp(x), torch.sigmoid(x), torch.tanh(x), x.amax(-1), x.amin(-1),
+                x.isnan(), torch.softmax(x[:, 5:], -1), torch.log(x), torch.sqrt(x), torch.maximum(x, x.flip(1)),
+                x.argmax(-1), torch.erf(x), torch.sign(x),
             )  # fmt: skip
 
     assert_same(compiled(Specials(), (values,), passes=False), Specials(), (values,))

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from tilewright.codegen import toolchain
 from tilewright.codegen.targets import parse
 from tilewright.runtime.cpu import features

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from tilewright import models
 from tilewright.models import bytelm, stdlib_text, train_bytelm
 

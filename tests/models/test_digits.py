@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from tilewright import models
 from tilewright.models import checkpoint, digits, train_digits
 

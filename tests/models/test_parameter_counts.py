@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import transformers
+
 from tilewright import models
 
 # The counts that torchvision publishes; timm's models of the same architectures have the same.

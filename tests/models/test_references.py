@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+
 from tilewright import models
 
 

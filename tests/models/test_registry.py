@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from tilewright import models
 
 SMALL = ["mlp", "digits", "bytelm", "gpt2_tiny", "llama_tiny", "unet", "resnet18", "mobilenet_v3_large"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import tilewright
 from tilewright.codegen.artifact import ConstantData, TargetBinaries, layout_constants, weights_id, write_artifact
 from tilewright.codegen.toolchain import find_compiler

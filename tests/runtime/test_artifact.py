@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 import tilewright
 from tilewright.codegen.artifact import TargetBinaries, write_artifact
 from tilewright.runtime import manifest as manifests

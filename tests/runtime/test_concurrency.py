@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import tilewright
 from tilewright.runtime.errors import UsageError
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from tilewright.runtime import threads
 from tilewright.runtime.cpu import choose, features, parse_cpuinfo
 from tilewright.runtime.errors import ArtifactError

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-import tilewright
 import torch
+
+import tilewright
 from tilewright.codegen.artifact import write_artifact
 from tilewright.runtime.entry import StepTime
 from tilewright.runtime.errors import ArtifactError, InputError, ShapeError, UsageError

@@ -8,6 +8,7 @@ import random
 from typing import Any
 
 import pytest
+
 from tilewright.runtime import sizes
 from tilewright.runtime.errors import ArtifactError
 from tilewright.runtime.plan import Buffer, from_json, place, to_json

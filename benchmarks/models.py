@@ -156,7 +156,8 @@ def line(result: dict[str, Any]) -> str:
     return (
         f"{result['model']:<20} {result['inputs']:<18} tilewright {result['tilewright_ms']:8.2f} ms   "
         f"eager {result['eager_ms']:8.2f} ms   ratio {result['ratio']:5.2f} "
-        f"(of minima {result['ratio_of_minima']:5.2f})   error {result['error']:.1e}   compiled in {result['compile_seconds']:.1f} s"
+        f"(of minima {result['ratio_of_minima']:5.2f})   error {result['error']:.1e}   "
+        f"compiled in {result['compile_seconds']:.1f} s"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -410,6 +410,3 @@ def _assignments(symbols: tuple[Symbol, ...]) -> list[dict[str, int]]:
         {symbol.name: symbol.sample for symbol in symbols},
         {symbol.name: symbol.maximum for symbol in symbols},
     ]
-
-
-__all__ = ["KernelSource", "KernelTable", "Lowered", "lower", "replace"]

@@ -17,6 +17,7 @@ from . import dialect_c
 from .artifact import TargetBinaries
 from .cache import Cache
 from .lower import KernelSource
+from .symbols import PREFIX
 from .targets import Target
 from .toolchain import INCLUDE_DIRECTORY, Compiler, Source, compile_objects, link_shared
 
@@ -103,7 +104,8 @@ def entry_source(plan: Plan) -> str:
 def _symbol_lines(plan: Plan, source: str) -> list[str]:
     lines = []
     for position, symbol in enumerate(plan.symbols):
-        lines += [f"    const int64_t {symbol.name} = {source}[{position}];", f"    (void){symbol.name};"]
+        name = PREFIX + symbol.name
+        lines += [f"    const int64_t {name} = {source}[{position}];", f"    (void){name};"]
     return lines
 
 
@@ -126,7 +128,7 @@ def _arena_function(plan: Plan) -> list[str]:
         for end in ends:
             start = end if start == "0" else f"tw_max_i64({start}, {end})"
         lines.append(f"    const int64_t at{index} = {start}; /* {buffer.name} */")
-        lines.append(f"    const int64_t end{index} = at{index} + ({dialect_c.size(buffer.bytes)} + 63) / 64 * 64;")
+        lines.append(f"    const int64_t end{index} = at{index} + ({_size(buffer.bytes)} + 63) / 64 * 64;")
         lines.append(f"    size = tw_max_i64(size, end{index});")
     if order:
         lines.append("    if (offsets) {")
@@ -146,7 +148,7 @@ def _steps_function(plan: Plan, number: int, first: int, last: int) -> list[str]
         lines.append(f"    /* {index}: {where.replace('*/', '')} {step.origin.source} */".rstrip())
         for position, variant in enumerate(step.variants):
             guarded = len(step.variants) > 1 and position < len(step.variants) - 1
-            head = f"if ({dialect_c.size(variant.guard)}) " if guarded else ""
+            head = f"if ({_size(variant.guard)}) " if guarded else ""
             lines.append(f"    {'else ' if position else ''}{head}{{")
             lines += [f"        {line}" for line in _launch(plan, index, position, variant)]
             lines.append("    }")
@@ -155,7 +157,7 @@ def _steps_function(plan: Plan, number: int, first: int, last: int) -> list[str]
 
 def _launch(plan: Plan, step: int, position: int, variant: Variant) -> list[str]:
     operands = ", ".join(_operand(plan, ref) for ref in variant.operands)
-    dims = ", ".join(dialect_c.size(size) for size in variant.sizes) or "0"
+    dims = ", ".join(_size(size) for size in variant.sizes) or "0"
     work = sizes.add(variant.flops, variant.bytes)
     return [
         f"void *const buf[] = {{{operands}}};",
@@ -165,7 +167,8 @@ def _launch(plan: Plan, step: int, position: int, variant: Variant) -> list[str]
 
 
 def _size(size: Size) -> str:
-    return dialect_c.size(size)
+    """A size of the plan in C, its symbols under the names of :func:`_symbol_lines`."""
+    return dialect_c.size(sizes.substitute(size, {name: PREFIX + name for name in sizes.symbols_of(size)}))
 
 
 def _operand(plan: Plan, ref: Ref) -> str:

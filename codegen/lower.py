@@ -32,6 +32,7 @@ from ..runtime.plan import (
     Symbol,
     Variant,
 )  # fmt: skip
+from ..runtime.sizes import Size
 from . import dialect_c
 from .families import FAMILIES
 from .interpret import is_size
@@ -40,7 +41,7 @@ from .memory import plan_memory
 from .provenance import origin_of
 from .regions import Made, Task
 from .storage import ConstantTable, Recipe, Storage, is_constant, recipe_of
-from .symbols import SymbolTable
+from .symbols import PREFIX, SymbolTable
 from .values import dtype_name
 
 
@@ -67,7 +68,7 @@ class KernelTable:
         if known is not None:
             return known
         shape = max((parameter.shape for parameter in code.parameters if parameter.written), key=len, default=())
-        dims = "x".join(str(extent) if isinstance(extent, int | str) else "n" for extent in shape)
+        dims = "x".join(str(extent).removeprefix(PREFIX) if isinstance(extent, int | str) else "n" for extent in shape)
         base = re.sub(r"\W+", "_", f"{code.family}_{code.label[:72]}_{dims}").strip("_").replace("__", "_")
         name, count = base, 1
         while name in self._names:
@@ -245,10 +246,11 @@ class _Lowering:
             program=self.program,
             symbols=symbols,
             inputs=tuple(
-                Port(given.name, s.dtype, s.shape) for given, s in zip(self.program.inputs, self.inputs, strict=True)
+                Port(given.name, s.dtype, self._shape(s))
+                for given, s in zip(self.program.inputs, self.inputs, strict=True)
             ),
             outputs=tuple(
-                Port(name, s.dtype, s.shape)
+                Port(name, s.dtype, self._shape(s))
                 for name, s in zip(_output_names(self.program.results, leaves), self.outputs, strict=True)
             ),
             results=self._results(leaves),
@@ -271,20 +273,25 @@ class _Lowering:
         for index, (storage, first, last) in enumerate(lives.values()):
             storage.index = index
             size = sizes.mul(elements(storage.shape, storage.layout), dialect_c.BYTES[storage.dtype])
-            buffers.append(Buffer(storage.name, storage.dtype, storage.shape, storage.layout, size, first, last))
+            shape = self._shape(storage)
+            buffers.append(
+                Buffer(storage.name, storage.dtype, shape, storage.layout, self.symbols.public(size), first, last)
+            )
         return buffers
+
+    def _shape(self, storage: Storage) -> tuple[Size, ...]:
+        return tuple(map(self.symbols.public, storage.shape))
 
     def _step(self, family: str, made: Sequence[Made], origin: Origin, results: int) -> Step:
         variants = []
         name = ""
+        public = self.symbols.public
         for item in made:
-            name = self.kernels.add(item.code)
+            code = item.code
+            name = self.kernels.add(code)
             operands = tuple(Ref(storage.kind, storage.index) for storage in item.storages)  # type: ignore[arg-type]
-            variants.append(
-                Variant(
-                    name, operands, item.code.symbols, item.code.units, item.guard, item.code.flops, item.code.bytes
-                )
-            )
+            work = (public(code.units), public(item.guard), public(code.flops), public(code.bytes))
+            variants.append(Variant(name, operands, tuple(map(public, code.symbols)), *work))
         count = len(made[-1].storages)
         return Step(name, family, tuple(variants), tuple(range(count - results, count)), origin)
 
@@ -295,11 +302,11 @@ class _Lowering:
             place = self._where(name)
             if place is None:
                 raise CompileError(
-                    f"the size {name} is not an axis of any input, so it cannot be read when the model is called"
+                    f"the size {entry.name} is not an axis of any input, so it cannot be read when the model is called"
                 )
             number, axis, factor = place
             sample = self.program.sample[number].shape[axis] // factor if self.program.sample else entry.minimum
-            found.append(Symbol(name, entry.minimum, entry.maximum, sample, number, axis, factor))
+            found.append(Symbol(entry.name, entry.minimum, entry.maximum, sample, number, axis, factor))
         return tuple(found)
 
     def _where(self, name: str) -> tuple[int, int, int] | None:
@@ -323,7 +330,7 @@ class _Lowering:
     def _checks(self) -> tuple[Check, ...]:
         checks = []
         for guard in self.program.guards:
-            condition = self.symbols.size(guard)
+            condition = self.symbols.public(self.symbols.size(guard))
             if isinstance(condition, int):
                 if not condition:
                     raise CompileError(f"the exporter assumed {guard}, which never holds for the declared sizes")
@@ -356,7 +363,7 @@ class _Lowering:
                 numbers[position] = {"output": tensors}
                 tensors += 1
             elif isinstance(leaf, fx.Node):
-                numbers[position] = {"size": self.symbols.size(leaf.meta["val"])}
+                numbers[position] = {"size": self.symbols.public(self.symbols.size(leaf.meta["val"]))}
             else:
                 numbers[position] = {"constant": leaf}
 

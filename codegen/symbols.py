@@ -12,13 +12,21 @@ from ..runtime import sizes
 from ..runtime.errors import CompileError
 from ..runtime.sizes import Size
 
+PREFIX = "n_"
+"""What the names of sizes start with in C, where loops, operands and functions have names that users choose too."""
+
 
 class SymbolTable:
-    """The symbols of one program: their names, ranges, and the translation of sympy expressions."""
+    """The symbols of one program: their names in kernels, ranges, and the translation of sympy expressions."""
 
     def __init__(self, program: Program) -> None:
-        self.names = {symbol: entry.name for symbol, entry in program.symbols.items()}
-        self.ranges = {entry.name: (entry.minimum, entry.maximum) for entry in program.symbols.values()}
+        self.names = {symbol: PREFIX + entry.name for symbol, entry in program.symbols.items()}
+        self.ranges = {PREFIX + entry.name: (entry.minimum, entry.maximum) for entry in program.symbols.values()}
+        self._public: dict[str, Size] = {PREFIX + entry.name: entry.name for entry in program.symbols.values()}
+
+    def public(self, size: Size) -> Size:
+        """A size as the plan has it, with the names that users gave."""
+        return sizes.substitute(size, self._public)
 
     def size(self, value: Any) -> Size:
         """An int, SymInt or sympy integer expression as a size.

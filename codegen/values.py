@@ -139,9 +139,25 @@ class Kernel:
             return False
         if sizes.bounds(index, self.ranges)[0] < 0:
             return False
-        largest = sizes.substitute(index, {name: sizes.add(extent, -1) for name, extent in self.extents.items()})
-        slack = sizes.sub(sizes.add(limit, -1), expand(largest))
+        slack = sizes.sub(sizes.add(limit, -1), expand(self._largest(index)))
         return sizes.bounds(slack, self.ranges)[0] >= 0
+
+    def _largest(self, index: Size) -> Size:
+        """A bound from above in terms of the call's sizes: what grows with a loop variable at its last value."""
+        if isinstance(index, int):
+            return index
+        if isinstance(index, str):
+            return sizes.add(self._largest(self.extents[index]), -1) if index in self.extents else index
+        if index.op == "mul" and any(sizes.bounds(factor, self.ranges)[0] < 0 for factor in index.args):
+            return sizes.bounds(index, self.ranges)[1]
+        if index.op == "mod":
+            return sizes.add(self._largest(index.args[1]), -1)
+        if index.op == "floordiv":
+            return sizes.floordiv(self._largest(index.args[0]), index.args[1])
+        if index.op in ("add", "mul", "min", "max"):
+            combine = {"add": sizes.add, "mul": sizes.mul, "min": sizes.minimum, "max": sizes.maximum}[index.op]
+            return combine(*map(self._largest, index.args))
+        return 1
 
     def inside(self, index: Size, low: Size, high: Size) -> Expr | None:
         """``low <= index < high`` as a mask; ``None`` when it always holds."""

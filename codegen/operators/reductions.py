@@ -309,8 +309,8 @@ def _batch_norm(
         )
         return builder.call("mul", compute, shifted, builder.call("rsqrt", compute, squared))
 
-    affine = [reshape(region.kernel, p, per_channel) if isinstance(p, Value) else None for p in (weight, bias)]
-    result = _affine(region, Value(a.shape, compute, at), *affine, a.shape, a.dtype, compute)
+    gain, shift = [reshape(region.kernel, p, per_channel) if isinstance(p, Value) else None for p in (weight, bias)]
+    result = _affine(region, Value(a.shape, compute, at), gain, shift, a.shape, a.dtype, compute)
     return (result, None, None) if several else result
 
 

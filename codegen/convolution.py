@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from ..runtime import sizes
@@ -61,6 +62,10 @@ def convolution_family(task: Task) -> Sequence[Made]:
     anchor = find_anchor(task, TARGETS)
     x, weight, bias = (anchor.args[0], anchor.args[1], anchor.args[2] if len(anchor.args) > 2 else None)
     assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    if anchor.meta["val"].dtype == torch.float64 or not anchor.meta["val"].is_floating_point():
+        raise CompileError(
+            f"{anchor}: convolutions compute in float32, not {anchor.meta['val'].dtype}; convert the model"
+        )
     geometry = _geometry(anchor, weight)
     source = task.storage_of(weight) if weight.op == "placeholder" else None
     if source is None or source.recipe is None:

@@ -18,20 +18,23 @@ from .anchors import Anchored, affine_rows, c_size, find_anchor
 from .expr import Expr
 from .kernel import KernelCode
 from .packing import PANEL, matmul_units, pack_matmul
-from .regions import Frame, Made, Task
+from .regions import Frame, Made, Task, loop_family
 from .registry import overloads
 from .storage import Packing, Storage
-from .values import Kernel, Value, broadcast, reshape
+from .values import Kernel, Value, broadcast, dtype_name, reshape
 
 LINEAR = frozenset(overloads("linear"))
 PRODUCTS = frozenset(overloads("mm", "bmm", "matmul"))
 ADDED = frozenset(overloads("addmm", "baddbmm"))
+_COMPUTED = ("float32", "float16", "bfloat16")
 TARGETS = LINEAR | PRODUCTS | ADDED
 
 
 def matmul_family(task: Task) -> Sequence[Made]:
     """``epilogue(a @ b)`` in all its spellings."""
     anchor = find_anchor(task, TARGETS)
+    if dtype_name(anchor.meta["val"].dtype) not in _COMPUTED:
+        return loop_family(task)
     left, right, addend = _operands(anchor)
     storage = task.storage_of(right) if right.op == "placeholder" else None
     k, n = _inner(task, left), _columns(task, anchor)

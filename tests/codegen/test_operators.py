@@ -224,3 +224,22 @@ def test_long_rows_take_another_variant(compiled, assert_same):
     assert any(len(variants) == 2 and variants[-1] == 1 for variants in guards)
     for length in (1, 40, 24_000, 100_001):
         assert_same(model, module, (torch.randn(3, length),), 4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_products_in_other_dtypes_than_float32(dtype, compiled, assert_same):
+    class Products(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randint(-9, 9, (7, 5)).to(dtype), requires_grad=False)
+
+        def forward(self, x):
+            y = F.linear(x, self.weight)
+            added = torch.addmm(y[0], x[0], self.weight.t())
+            return y, y @ y.transpose(1, 2), x[0] @ self.weight.t() + 1, added, y[0, 0] @ y[1].t()
+
+    torch.manual_seed(2)
+    module = Products()
+    for passes in (False, True):
+        model = compiled(module, (torch.randint(-9, 9, (2, 3, 5)).to(dtype),), ({0: BATCH},), passes=passes)
+        assert_same(model, module, (torch.randint(-9, 9, (4, 3, 5)).to(dtype),), 1e-14)

@@ -98,7 +98,7 @@ def test_compile_reports_what_it_made(tmp_path, sources):
     assert [target for target in found["targets"] if target == "cpu:x86-64-v3"]
     assert {item["output"] for item in found["errors"]} and all(item["ok"] for item in found["errors"])
     assert list(found["seconds"]) == ["capture", "passes", "lower", "kernels", "write", "verify"]
-    assert found["passes"]["main"][0]["pass"] == "01_fold_constants"
+    assert found["passes"]["main"][0]["pass"] == "01_widen_floats"
     assert [case["at"] for case in found["memory"]["main"]] == ["smallest", "sample", "largest"]
     assert found["not_applied"] == []
 

@@ -1,14 +1,15 @@
 """The attention family: scaled dot-product attention through ``attention.c.jinja``.
 
 Queries, keys and values are read in place through their views (a head of a fused projection is a run of contiguous
-elements); the mask is computed in the kernel. The result may be stored permuted, which is how the heads are merged
-again without a copy.
+elements), or gathered where a view takes a row apart; the mask is computed in the kernel. The result may be stored
+permuted, which is how the heads are merged again without a copy.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -85,9 +86,9 @@ def _build(task: Task, anchor: fx.Node, frame: Frame) -> KernelCode:
         rows=block_rows(d, dv),
         scale=literal(scale, "float32"),
         causal=bool(arguments.get("is_causal", False)),
-        q_row=_row(work, anchor, q_wide, (*outer, "i"), "i"),
-        k_row=_row(work, anchor, k_wide, (*key_outer, "j"), "j"),
-        v_row=_row(work, anchor, v_wide, (*key_outer, "j"), "j"),
+        q=_rows(work, anchor, q_wide, (*outer, "i"), "h"),
+        k=_rows(work, anchor, k_wide, (*key_outer, "j"), "hk"),
+        v=_rows(work, anchor, v_wide, (*key_outer, "j"), "hk"),
         mask=None if mask is None else _mask(work, mask, (*lead, queries, keys), (*outer, "i", "j")),
         store=store,
     )
@@ -108,16 +109,24 @@ def _lead_index(kernel: Kernel, lead: tuple[Size, ...]) -> tuple[Size, ...]:
     return tuple(index)
 
 
-def _row(work: Anchored, anchor: fx.Node, value: Value, index: tuple[Size, ...], row: str) -> str:
-    """C expression of the address of one row of queries, keys or values."""
+@dataclass(frozen=True)
+class Rows:
+    """How the template gets a row of queries, keys or values: its address, or a hole that defines ``element``."""
+
+    address: str = ""
+    gather: Hole | None = None
+
+
+def _rows(work: Anchored, anchor: fx.Node, value: Value, index: tuple[Size, ...], head: str) -> Rows:
+    """Rows in place where the head dimension lies contiguous in memory, else gathered through the index function."""
+    if value.dtype == "float64":
+        raise CompileError(f"{anchor}: attention computes in float32; convert queries, keys and values to it")
+    row = str(index[-1])
     found = affine_rows(value.at((*index, "d")), row, "d")
     if found is None or work.kernel.storage[found[0]] != "float32":
-        raise CompileError(
-            f"{anchor}: attention needs float32 queries, keys and values whose head dimension lies contiguous in "
-            "memory; make it the last axis of the projection, or call .contiguous() before a permutation that moves it"
-        )
+        return Rows(gather=work.read(value, (*index, "d"), ("b", head, row), "d", "element"))
     buffer, start, stride = found
-    return f"{buffer} + {c_text(sizes.add(start, sizes.mul(row, stride)))}"
+    return Rows(f"{buffer} + {c_text(sizes.add(start, sizes.mul(row, stride)))}")
 
 
 def _mask(work: Anchored, mask: Value, shape: tuple[Size, ...], index: tuple[Size, ...]) -> Hole:

@@ -217,6 +217,37 @@ def _normalised_exponentials(region: Region, node: fx.Node, a: Value, dim: int, 
     return Value(a.shape, dtype, at)
 
 
+@lowers(*overloads("logsumexp"), role="reduction")
+def _log_sum_exp(region: Region, node: fx.Node, a: Value, dim: Any, keepdim: bool = False) -> Value:
+    """``peak + log(sum(exp(a - peak)))``; an infinite peak is left out, so that infinities do not cancel to NaN."""
+    dtype = region.dtype(node)
+    compute = COMPUTE_DTYPE.get(dtype, dtype)
+    builder = region.builder
+    axes = [axis % len(a.shape) for axis in _axes(dim, len(a.shape))] if a.shape else []
+    highest = reduce(region, a, axes, "max", compute, keep=True)
+
+    def finite(index: tuple[Size, ...], mask: Mask) -> Expr:
+        value = highest.at(index, mask)
+        infinite = builder.call("eq", "bool", builder.call("abs", compute, value), builder.const(float("inf"), compute))
+        return builder.call("where", compute, infinite, builder.const(0, compute), value)
+
+    peak = Value(highest.shape, compute, finite)
+    wide = broadcast(peak, a.shape)
+
+    def exponential(index: tuple[Size, ...], mask: Mask) -> Expr:
+        shifted = builder.call("sub", compute, builder.cast(a.at(index, mask), compute), wide.at(index, mask))
+        return builder.call("exp", compute, shifted)
+
+    total = reduce(region, Value(a.shape, compute, exponential), axes, "sum", compute, keep=True)
+
+    def at(index: tuple[Size, ...], mask: Mask) -> Expr:
+        own = index if keepdim else tuple(_spread(index, axes, len(a.shape)))
+        logarithm = builder.call("log", compute, total.at(own, mask))
+        return builder.call("add", compute, logarithm, peak.at(own, mask))
+
+    return Value(region.shape(node), dtype, at)
+
+
 @lowers(*overloads("layer_norm", "native_layer_norm"), role="reduction")
 def _layer_norm(
     region: Region, node: fx.Node, a: Value, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None,

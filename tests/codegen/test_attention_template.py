@@ -37,7 +37,8 @@ MASKS = {
 class Attention:
     """A kernel for [B, H, S, D] tensors (or [B, S, H, D] with ``interleaved``)."""
 
-    def __init__(self, native, d, dv, target, compiler="gcc", causal=False, mask="none", interleaved=False, scale=None):
+    def __init__(self, native, d, dv, target, compiler="gcc", causal=False, mask="none", interleaved=False, scale=None,
+                 gathered=False):  # fmt: skip
         self.native, self.d, self.dv, self.interleaved = native, d, dv, interleaved
         hole, declaration = MASKS[mask]
 
@@ -45,6 +46,12 @@ class Attention:
             if interleaved:
                 return f"{name} + ((b * {length} + {position}) * {heads} + {head}) * {width}"
             return f"{name} + ((b * {heads} + {head}) * {length} + {position}) * {width}"
+
+        def rows(address):
+            if gathered:
+                hole = native.Hole(f"const float *from = {address};", "const float element = from[d];")
+                return {"address": "", "gather": hole}
+            return {"address": address, "gather": None}
 
         self.scale = d**-0.5 if scale is None else scale
         source = native.render(
@@ -54,9 +61,9 @@ class Attention:
             B="B", HEADS="H", GROUP="G", SQ="SQ", SK="SK", D=d, DV=dv, rows=block_rows(d, dv),
             scale=float(np.float32(self.scale)).hex() + "f",
             causal=causal,
-            q_row=row("q", "h", "H", "i", "SQ", d),
-            k_row=row("k", "hk", "(H / G)", "j", "SK", d),
-            v_row=row("v", "hk", "(H / G)", "j", "SK", dv),
+            q=rows(row("q", "h", "H", "i", "SQ", d)),
+            k=rows(row("k", "hk", "(H / G)", "j", "SK", d)),
+            v=rows(row("v", "hk", "(H / G)", "j", "SK", dv)),
             mask=native.Hole(*hole) if hole else None,
             store=native.Hole(
                 f"float *restrict to = {row('o', 'h', 'H', 'i', 'SQ', dv)};", "to[d] = acc;"
@@ -123,6 +130,15 @@ def test_interleaved_heads(native, target, compiler, causal):
     q, k, v = inputs(*shape)
     attention = Attention(native, *shape[5:], target, compiler, causal, interleaved=True)
     check(attention(q, k, v), reference(q, k, v, causal=causal))
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(2, 6, 2, 130, 300, 33, 17), (1, 2, 2, 1, 5, 3, 130)], ids=str)
+def test_gathered_rows(native, target, shape):
+    """Elements of a row that lie anywhere are copied; the products are those of rows in place."""
+    q, k, v = inputs(*shape)
+    got = Attention(native, *shape[5:], target, gathered=True)(q, k, v)
+    np.testing.assert_array_equal(got, Attention(native, *shape[5:], target)(q, k, v))
 
 
 @BOTH

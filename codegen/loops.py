@@ -64,11 +64,11 @@ def build_loop(make: Make, ranges: dict[str, tuple[int, int]], label: str) -> li
     draft = _Draft(make, ranges, split=0)
     builder, vector = draft.kernel.builder, draft.space.axes[-1].variable
     reductions = [node for node in walk(builder, draft.roots) if isinstance(node, Reduce)]
-    form: Callable[..., Body]
+    if reductions and not any(vector in builder.free(node) for node in reductions):
+        return _row_variants(draft, make, ranges, label)
+    form: Callable[[_Draft], Body]
     if not reductions:
         form = _pointwise
-    elif not any(vector in builder.free(node) for node in reductions):
-        form = _rows
     elif draft.space.blocked:
         form = _lanes
     else:
@@ -76,8 +76,13 @@ def build_loop(make: Make, ranges: dict[str, tuple[int, int]], label: str) -> li
         cut = _Draft(make, ranges, split=LANES if _reads_blocked(draft.parameters) else LANE_CHUNK)
         form = _lanes if _lanes_pay(cut.kernel, cut.roots, cut.space.axes[-1].variable) else _each
         draft = cut if form is _lanes else _Draft(make, ranges, split=0)
-    if form is not _rows:
-        return [(1, _code(draft, form(draft), label))]
+    return [(1, _code(draft, form(draft), label))]
+
+
+def _row_variants(
+    draft: _Draft, make: Make, ranges: dict[str, tuple[int, int]], label: str
+) -> list[tuple[Size, KernelCode]]:
+    """Row kernels: one that keeps rows where they may fit the stack, one that does not where they may not."""
     length, limit = draft.space.axes[-1].extent, _kept_row(draft)
     if limit == 0 or sizes.bounds(length, ranges)[0] > limit:
         return [(1, _code(draft, _rows(draft, keep=0), label))]

@@ -175,7 +175,7 @@ def _source(size: Any, begin: Any, end: Any, mode: str) -> torch.Tensor:
 @operator("Trilu", since=14, host=(1,))
 def trilu(node: Node, x: torch.Tensor, k: Host | None = None) -> torch.Tensor:
     """The upper or lower triangle of matrices."""
-    diagonal = 0 if k is None else k.item()
+    diagonal: Any = 0 if k is None else k.item()
     if isinstance(diagonal, SYMBOLIC):  # torch takes a plain number only
         column, row = torch.arange(x.shape[-1]), torch.arange(x.shape[-2])[:, None]
         keep = column - row >= diagonal if node.get("upper", 1) else column - row <= diagonal
@@ -186,7 +186,7 @@ def trilu(node: Node, x: torch.Tensor, k: Host | None = None) -> torch.Tensor:
 @operator("OneHot", since=9, host=(1,))
 def one_hot(node: Node, indices: torch.Tensor, depth: Host, values: torch.Tensor) -> torch.Tensor:
     """A new axis with the on value at the index and the off value elsewhere; negative indices count from the end."""
-    count = depth.item()
+    count: Any = depth.item()
     count = count if isinstance(count, SYMBOLIC) else int(count)
     dim = normalize_axis(node.get("axis", -1), indices.dim() + 1)
     index = cast_to(indices, torch.int64).unsqueeze(dim)

@@ -178,7 +178,8 @@ def trilu(node: Node, x: torch.Tensor, k: Host | None = None) -> torch.Tensor:
     diagonal: Any = 0 if k is None else k.item()
     if isinstance(diagonal, SYMBOLIC):  # torch takes a plain number only
         column, row = torch.arange(x.shape[-1]), torch.arange(x.shape[-2])[:, None]
-        keep = column - row >= diagonal if node.get("upper", 1) else column - row <= diagonal
+        bound: Any = diagonal
+        keep = column - row >= bound if node.get("upper", 1) else column - row <= bound
         return torch.where(keep, x, torch.zeros((), dtype=x.dtype))
     return torch.triu(x, diagonal) if node.get("upper", 1) else torch.tril(x, diagonal)
 

@@ -162,6 +162,14 @@ def call(op: str, dtype: str, arg_dtypes: list[str], args: list[str]) -> str:
     raise KeyError(f"the C dialect has no operation {op!r}")
 
 
+_LIMITS = {
+    "int64": ("INT64_MIN", "INT64_MAX"),
+    "int32": ("INT32_MIN", "INT32_MAX"),
+    "int16": ("INT16_MIN", "INT16_MAX"),
+    "int8": ("INT8_MIN", "INT8_MAX"),
+    "uint8": ("0", "UINT8_MAX"),
+    "bool": ("0", "1"),
+}
 SUFFIX = {
     "float32": "f32",
     "float64": "f64",
@@ -210,14 +218,7 @@ def reduction(op: str, dtype: str, name: str, lanes: tuple[str, int] | None = No
     c_type = TYPES[dtype]
     at = f"[{lanes[0]}]" if lanes else ""
     is_float = dtype.startswith("float")
-    low = (
-        f"(-({c_type})INFINITY)"
-        if is_float
-        else {"int64": "INT64_MIN", "int32": "INT32_MIN"}.get(dtype, "0" if dtype in ("bool", "uint8") else "-128")
-    )
-    high = f"(({c_type})INFINITY)" if is_float else {"int64": "INT64_MAX", "int32": "INT32_MAX"}.get(dtype, "127")
-    if dtype in ("uint8", "bool"):
-        high = "255"
+    low, high = (f"(-({c_type})INFINITY)", f"(({c_type})INFINITY)") if is_float else _LIMITS[dtype]
     start = {"sum": "0", "prod": "1", "any": "0", "all": "1", "max": low, "min": high, "argmax": low, "argmin": high}[
         op
     ]

@@ -133,7 +133,7 @@ class _Space:
                 index.append(self._outer_axis(axes, f"i{position}", extent))
             elif split:
                 chunk = self._outer_axis(axes, "c", sizes.ceildiv(extent, split))
-                most = min(split, extent) if isinstance(extent, int) else split
+                most = max(1, min(split, extent)) if isinstance(extent, int) else split
                 axes.append(self._axis("l", most))
                 index.append(sizes.add(sizes.mul(chunk, split), "l"))
                 if not (isinstance(extent, int) and extent % most == 0):

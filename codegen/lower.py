@@ -135,10 +135,7 @@ class _Lowering:
             self._visit(node)
         for leaf in leaves:
             self._deliver(leaf)
-        for state, storage in zip(self.program.states, self.states, strict=True):
-            new = returned[state.output]  # type: ignore[index]
-            if self._storage(new) is not storage:
-                self._copy(new, storage)
+        self._update_states([returned[state.output] for state in self.program.states])  # type: ignore[index]
         return self._finish(leaves)
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
@@ -222,10 +219,31 @@ class _Lowering:
         for storage in self.outputs:
             if storage.kind == "copied" and storage.name == leaf.name:
                 storage.kind = "output"
-                self._copy(leaf, storage)
+                self._copy(leaf, self._storage(leaf), storage)
 
-    def _copy(self, node: fx.Node, target: Storage) -> None:
-        """Add a step that copies a node's value into another storage."""
+    def _update_states(self, values: Sequence[fx.Node]) -> None:
+        """Copy new values into their states, where one may be the old value of another: that one is copied first."""
+        pending = {
+            state: (node, self._storage(node))
+            for state, node in zip(self.states, values, strict=True)
+            if self._storage(node) is not state
+        }
+        while pending:
+            read = [source for _, source in pending.values()]
+            target = next((state for state in pending if state not in read), None)
+            if target is None:  # states exchange their values: put one aside
+                target = next(iter(pending))
+                node = next(node for node, source in pending.values() if source is target)
+                aside = Storage("buffer", target.shape, target.dtype, name=f"{target.name}_before")
+                self._copy(node, target, aside)
+                pending = {
+                    state: (node, aside if source is target else source) for state, (node, source) in pending.items()
+                }
+            node, source = pending.pop(target)
+            self._copy(node, source, target)
+
+    def _copy(self, node: fx.Node, origin: Storage, target: Storage) -> None:
+        """Add a step that copies a node's value from one storage into another."""
         graph = fx.Graph()
         source = graph.placeholder("x")
         source.meta["val"] = node.meta["val"]
@@ -233,7 +251,7 @@ class _Lowering:
         copy.meta["val"] = node.meta["val"]
         graph.output(copy)
         nested = fx.GraphModule(torch.nn.Module(), graph)
-        task = Task(node, nested, [self._storage(node)], [target], self.symbols, self.constants)
+        task = Task(node, nested, [origin], [target], self.symbols, self.constants)
         self.steps.append(("loop", FAMILIES["loop"](task), origin_of(node), 1))
 
     # -- the plan ------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from .frontends import Loaded
 from .importer import from_exported, input_names_of, made_up
 from .options import Entry
 from .shapes import is_dimension_language, parse_shapes
+from .states import share_states
 from .structure import bind
 
 Source = nn.Module | ExportedProgram | str | Path
@@ -71,7 +72,9 @@ def open_source(
     if entries:
         if shapes is not None:
             raise UsageError("with entries=, give each Entry its own dynamic_shapes")
-        return [_capture_entry(name, loaded, entry) for name, entry in entries.items()]
+        programs = [_capture_entry(name, loaded, entry) for name, entry in entries.items()]
+        share_states(programs)
+        return programs
     return [_capture(loaded, shapes)]
 
 

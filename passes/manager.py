@@ -29,6 +29,7 @@ from .verify import (
     fixed_symbols,
     interface_of,
     run_eager,
+    tolerances_of,
 )
 
 _LISTED = 12
@@ -48,6 +49,14 @@ class PassRecord:
     nodes_before: int = 0
     nodes_after: int = 0
     error: float | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The outputs before all passes, and how far each may move."""
+
+    values: tuple[Any, ...]
+    limits: list[float]
 
 
 class PassManager:
@@ -96,7 +105,7 @@ class PassManager:
             NumericsError: the first pass after which an output is beyond tolerance; only where passes are verified.
         """
         records: list[PassRecord] = []
-        reference = run_eager(program) if self.verify else ()
+        reference = Reference(run_eager(program), tolerances_of(program)) if self.verify else None
         try:
             for label, one in self.passes:
                 if self.progress:
@@ -108,7 +117,7 @@ class PassManager:
                 write_summary(self.dump_dir, records)
         return records
 
-    def _run_one(self, program: Program, one: Pass, records: list[PassRecord], reference: tuple[Any, ...]) -> None:
+    def _run_one(self, program: Program, one: Pass, records: list[PassRecord], reference: Reference | None) -> None:
         record = records[-1]
         text = self.dump_dir is not None or self.verify
         before = show(program) if text else ""
@@ -125,7 +134,7 @@ class PassManager:
                 check_structure(program, interface)
             elif before != after:
                 raise CompileError("the graph changed but the report has no change")
-            if self.verify:
+            if reference is not None:
                 self._verify(program, record, reference, before, after)
         except Exception as error:
             record.seconds = record.seconds or time.perf_counter() - started
@@ -138,21 +147,19 @@ class PassManager:
         if self.dump_dir:
             write_pass(self.dump_dir, record, before, after)
 
-    def _verify(
-        self, program: Program, record: PassRecord, reference: tuple[Any, ...], before: str, after: str
-    ) -> None:
+    def _verify(self, program: Program, record: PassRecord, reference: Reference, before: str, after: str) -> None:
         if before == after:
             return
         check_shapes(program)
         values = run_eager(program)
-        errors = compare(reference, values)
+        errors = compare(reference.values, values)
         record.error = max(errors, default=0.0)
-        if beyond_tolerance(reference, errors):
+        if beyond_tolerance(reference.values, errors, reference.limits):
             changed = changed_nodes(before, after)
             more = f" and {len(changed) - _LISTED} more" if len(changed) > _LISTED else ""
             listed = f"; it changed {', '.join(changed[:_LISTED])}{more}"
             try:
-                check_outputs(reference, values, "outputs moved beyond tolerance")
+                check_outputs(reference.values, values, "outputs moved beyond tolerance", reference.limits)
             except NumericsError as error:
                 raise NumericsError(f"{error}{listed}") from None
 

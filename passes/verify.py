@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 import torch
@@ -70,29 +71,53 @@ def compare(reference: Sequence[Any], values: Sequence[Any]) -> list[float]:
     return errors
 
 
-def beyond_tolerance(reference: Sequence[Any], errors: Sequence[float]) -> list[int]:
-    """The indices of the outputs whose error is larger than the table allows."""
-    found = []
-    for index, (output, error) in enumerate(zip(reference, errors, strict=False)):
-        limit = TOLERANCES.get(output.dtype, 0.0) if isinstance(output, torch.Tensor) else 0.0
-        if not error <= limit:
-            found.append(index)
+def tolerances_of(program: Program) -> list[float]:
+    """The largest error of each output: that of the coarsest floating type on its way, and 0 where it is no float.
+
+    A float32 output of a model that computes in bfloat16 is as exact as bfloat16. An integer or a boolean that follows
+    from half-precision numbers may be any other (a unit in the last place decides a comparison): infinite.
+    """
+    coarsest: dict[fx.Node, float] = {}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        parts = value if isinstance(value, tuple | list) else (value,)
+        own = [TOLERANCES.get(part.dtype, 0.0) for part in parts if isinstance(part, torch.Tensor)]
+        before = [coarsest[operand] for operand in node.all_input_nodes]
+        coarsest[node] = max([*(own if node.op not in ("placeholder", "get_attr") else []), *before], default=0.0)
+    (results,) = program.graph.output_node().args
+    assert isinstance(results, tuple | list), "a program returns one flat tuple"
+    limits = []
+    for item in results:
+        value = value_of(item)
+        if not isinstance(value, torch.Tensor):
+            limits.append(0.0)
+        elif value.dtype in TOLERANCES:
+            limits.append(max(TOLERANCES[value.dtype], coarsest[item]))  # type: ignore[index]
+        else:
+            limits.append(inf if coarsest[item] > TOLERANCES[torch.float32] else 0.0)  # type: ignore[index]
+    return limits
+
+
+def beyond_tolerance(reference: Sequence[Any], errors: Sequence[float], limits: Sequence[float]) -> list[int]:
+    """The indices of the outputs whose error is larger than :func:`tolerances_of` allows."""
+    found = [index for index, (error, limit) in enumerate(zip(errors, limits, strict=False)) if not error <= limit]
     return found or ([0] if len(errors) != len(reference) else [])
 
 
-def check_outputs(reference: Sequence[Any], values: Sequence[Any], where: str) -> list[float]:
-    """The errors, if all are within the table.
+def check_outputs(
+    reference: Sequence[Any], values: Sequence[Any], where: str, limits: Sequence[float] | None = None
+) -> list[float]:
+    """The errors, if all are within the limits; by default those of the table by the outputs' dtypes.
 
     Raises:
         NumericsError: names the outputs that are not, their errors and tolerances.
     """
     errors = compare(reference, values)
-    failures = beyond_tolerance(reference, errors)
+    if limits is None:
+        limits = [TOLERANCES.get(item.dtype, 0.0) if isinstance(item, torch.Tensor) else 0.0 for item in reference]
+    failures = beyond_tolerance(reference, errors, limits)
     if failures:
-        parts = []
-        for index in failures:
-            limit = TOLERANCES.get(getattr(reference[index], "dtype", None), 0.0)  # type: ignore[arg-type]
-            parts.append(f"output {index}: error {errors[index]:.3g}, tolerance {limit:g}")
+        parts = [f"output {index}: error {errors[index]:.3g}, tolerance {limits[index]:g}" for index in failures]
         raise NumericsError(f"{where}: {'; '.join(parts)}")
     return errors
 

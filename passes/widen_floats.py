@@ -34,31 +34,34 @@ class WidenFloats(Pass):
         if not computed:
             return
         narrow = {node: node.meta["val"].dtype for node in halves}
+        sources: dict[fx.Node, fx.Node] = {}  # what _widen_source inserted -> what it converts
         for node in list(graph.nodes):
             if node.op in ("placeholder", "get_attr"):
                 if node in narrow and node.users:
-                    _widen_source(node)
+                    sources[_widen_source(node)] = node
             elif node.op == "call_function":
                 _widen_node(node)
             elif node.op == "output":
-                self._restore(node, narrow)
+                _restore(node, narrow, sources)
         kinds = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in narrow.values()}))
         report.change(computed[0], f"{len(computed)} nodes of {kinds} computed in float32")
 
-    def _restore(self, output: fx.Node, narrow: dict[fx.Node, torch.dtype]) -> None:
-        """Give results the dtype that they had."""
-        converted: dict[fx.Node, fx.Node] = {}
 
-        def restored(node: fx.Node) -> fx.Node:
-            source = node.args[0] if node.target is _TO and node.args[0] in narrow else node
-            dtype = narrow.get(node) or narrow.get(source)  # type: ignore[arg-type]
-            if dtype is None or node.meta["val"].dtype == dtype:
-                return node
-            if node not in converted:
-                converted[node] = insert(node.graph, output, _TO, (node,), {"dtype": dtype}, origins=(node,))
-            return converted[node]
+def _restore(output: fx.Node, narrow: dict[fx.Node, torch.dtype], sources: dict[fx.Node, fx.Node]) -> None:
+    """Give results the dtype that they had; a source that is given out needs no conversion there and back."""
+    converted: dict[fx.Node, fx.Node] = {}
 
-        output.args = fx.map_arg(output.args, restored)
+    def restored(node: fx.Node) -> fx.Node:
+        if node in sources:
+            return sources[node]
+        dtype = narrow.get(node)
+        if dtype is None or node.meta["val"].dtype == dtype:
+            return node
+        if node not in converted:
+            converted[node] = insert(node.graph, output, _TO, (node,), {"dtype": dtype}, origins=(node,))
+        return converted[node]
+
+    output.args = fx.map_arg(output.args, restored)
 
 
 def _is_half(node: fx.Node) -> bool:
@@ -71,18 +74,17 @@ def _at_border(node: fx.Node) -> bool:
     return node.target is _TO and all(user.op == "output" for user in node.users)
 
 
-def _widen_source(node: fx.Node) -> None:
+def _widen_source(node: fx.Node) -> fx.Node:
     users = [user for user in node.users]
     following = node.next
     wide = insert(node.graph, following, _TO, (node,), {"dtype": torch.float32}, origins=(node,))
     for user in users:
         user.replace_input_with(node, wide)
+    return wide
 
 
 def _widen_node(node: fx.Node) -> None:
     """Recompute a node's value on its widened operands, with explicit half dtypes replaced."""
-    if node.target is _TO and isinstance(node.args[0], fx.Node) and node.args[0].op in ("placeholder", "get_attr"):
-        return
     node.args = _widened(node.args)
     node.kwargs = _widened(node.kwargs)
     if isinstance(node.meta.get("val"), torch.Tensor | tuple | list):

@@ -11,6 +11,7 @@ from .typed_json import FieldError
 
 if TYPE_CHECKING:
     from .plan import Buffer, Plan, Port, Ref, Step
+    from .sizes import Size
 
 ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
@@ -215,15 +216,25 @@ def _check_ref(plan: Plan, ref: Ref, step: int, path: str) -> None:
             raise _fault(path, f"buffer {ref.index} lives from step {buffer.first} to {buffer.last} only")
 
 
+def _may_divide_by_zero(size: Size, plan: Plan) -> bool:
+    """Whether a divisor may be 0; the plan's checks may exclude the sizes at which a varying one is."""
+    if not isinstance(size, sizes.Op):
+        return False
+    if size.op in ("floordiv", "mod"):
+        low, high = sizes.bounds(size.args[1], plan.ranges())
+        if high <= 0 or (low <= 0 and not plan.checks):
+            return True
+    return any(_may_divide_by_zero(part, plan) for part in size.args)
+
+
 def _check_buffer(plan: Plan, buffer: Buffer, known: frozenset[str], path: str) -> None:
     _check_dtype(buffer.dtype, path)
     _check_size(buffer.bytes, known, f"{path}.bytes")
     for axis, size in enumerate(buffer.shape):
         _check_size(size, known, f"{path}.shape[{axis}]")
-    try:
-        lowest = sizes.bounds(buffer.bytes, plan.ranges())[0]
-    except ZeroDivisionError:
-        raise _fault(f"{path}.bytes", "may divide by zero") from None
+    if _may_divide_by_zero(buffer.bytes, plan):
+        raise _fault(f"{path}.bytes", "may divide by zero")
+    lowest = sizes.bounds(buffer.bytes, plan.ranges())[0]
     if lowest < 0:
         raise _fault(f"{path}.bytes", "may be negative")
     if not 0 <= buffer.first <= buffer.last < len(plan.steps):

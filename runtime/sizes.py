@@ -80,7 +80,7 @@ def floordiv(a: Size, b: Size) -> Size:
         return 1
     if isinstance(b, int):
         if isinstance(a, int):
-            return a // b
+            return int(_APPLY["floordiv"](a, b))
         whole, rest = _divisible(a, b)
         if rest == 0:
             return whole
@@ -101,7 +101,7 @@ def mod(a: Size, b: Size) -> Size:
         return 0
     if isinstance(b, int):
         if isinstance(a, int):
-            return a % b
+            return int(_APPLY["mod"](a, b))
         _, rest = _divisible(a, b)
         if isinstance(rest, int):
             return rest % b
@@ -146,7 +146,7 @@ def product(factors: Iterable[Size]) -> Size:
 
 
 def evaluate(size: Size, symbols: Mapping[str, int]) -> int:
-    """The value under an assignment of the symbols.
+    """The value under an assignment of the symbols; a quotient and a remainder by 0 are 0.
 
     Raises:
         KeyError: a symbol has no value.
@@ -189,6 +189,8 @@ def bounds(size: Size, ranges: Mapping[str, tuple[int, int]]) -> tuple[int, int]
     intervals = [bounds(arg, ranges) for arg in size.args]
     low, high = intervals[0]
     for other_low, other_high in intervals[1:]:
+        if size.op in ("floordiv", "mod"):
+            other_low, other_high = max(other_low, 1), max(other_high, 1)
         if size.op == "add":
             low, high = low + other_low, high + other_high
         elif size.op == "mod":
@@ -249,8 +251,8 @@ def show(size: Size) -> str:
 _APPLY: dict[str, Any] = {
     "add": lambda a, b: a + b,
     "mul": lambda a, b: a * b,
-    "floordiv": lambda a, b: a // b,
-    "mod": lambda a, b: a % b,
+    "floordiv": lambda a, b: a // b if b else 0,  # only sizes that a check refuses divide by 0
+    "mod": lambda a, b: a % b if b else 0,
     "max": max,
     "min": min,
     "eq": lambda a, b: a == b,

@@ -63,3 +63,17 @@ def test_only_borders_stay_narrow(program, run_pass):
 def test_leaves_float32_alone(exported, run_pass):
     program = exported(nn.Linear(4, 4), torch.randn(2, 4))
     assert not run_pass(WidenFloats(), program).changed
+
+
+def test_results_of_other_dtypes_keep_theirs(exported, run_pass):
+    """What converts to and from half precision itself: inputs of integers, results of float32 and integers."""
+
+    class Mixed(nn.Module):
+        def forward(self, x, i):
+            y = x * i.to(torch.bfloat16)
+            return y, y.float(), (y * 2).to(torch.int32), x, i.to(torch.bfloat16)
+
+    program = exported(Mixed(), torch.tensor([[1.0, -2.0, 0.5]]).bfloat16(), torch.arange(3))
+    before = [value.dtype for value in program.run(program.sample)]
+    run_pass(WidenFloats(), program)
+    assert [value.dtype for value in program.run(program.sample)] == before

@@ -101,11 +101,11 @@ def find_compiler() -> Compiler:
 
 
 def available_compilers() -> list[Compiler]:
-    """Every compiler found, in order of preference, each once."""
+    """Every compiler found, in order of preference, each once (``cc`` is mostly a link to one of the others)."""
     compilers: dict[str, Compiler] = {}
     for command in (("cc",), ("gcc",), ("clang",), _zig_package()):
         if compiler := _probe(command):
-            compilers.setdefault(compiler.version, compiler)
+            compilers.setdefault(os.path.realpath(compiler.command[0]), compiler)
     return list(compilers.values())
 
 

@@ -404,5 +404,5 @@ def _resize(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
 
 def _unknown_input(name: str, samples: Mapping[str, Any]) -> UsageError:
     close = difflib.get_close_matches(name, samples, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     return UsageError(f"no input is called {name!r}{hint} The tensor inputs are: {', '.join(samples) or 'none'}")

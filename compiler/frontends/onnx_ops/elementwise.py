@@ -214,6 +214,8 @@ def extremum(node: Node, *values: Any) -> torch.Tensor:
         if not isinstance(x, torch.Tensor):
             x, y = y, x
         if isinstance(y, torch.Tensor):
+            if x.dtype in (torch.uint16, torch.uint32):  # which not every torch compares
+                return function(x.to(torch.int64), y.to(torch.int64)).to(x.dtype)
             return function(x, y)
         return torch.clamp(x, max=y) if node.op_type == "Min" else torch.clamp(x, min=y)
 

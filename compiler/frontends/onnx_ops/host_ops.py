@@ -34,7 +34,8 @@ def _divide(a: Any, b: Any) -> Any:
     """C division: integers round towards zero."""
     if isinstance(b, int) and b == 0:
         raise NotOnHost
-    negative = (a < 0) != (b < 0)  # on symbolic sizes this leaves a guard, which lets the division be exact
+    # On symbolic sizes each sign leaves a guard, which lets the division be exact.
+    negative = bool(a < 0) != bool(b < 0)
     return -(abs(a) // abs(b)) if negative else abs(a) // abs(b) if a < 0 else a // b
 
 

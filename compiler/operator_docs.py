@@ -53,6 +53,7 @@ NO_KERNEL = {
     "Det": "linalg_det",
     "GridSample": "grid_sampler",
     "MaxUnpool": "scatter.src",
+    "RoiAlign": "broadcast_tensors",
     "Scatter": "scatter.src",
     "ScatterElements": "scatter.src",
     "ScatterND": "index_put",
@@ -69,16 +70,17 @@ _INTRODUCTION = """\
 This page is made from the compiler's own tables by `python -m tilewright.compiler.operator_docs`; a test keeps it true.
 `tilewright compile SOURCE --check` tells for one model, without building it, which of its operators are not supported.
 
-Everything whose operands are constants is computed when the model is compiled and needs no kernel, whatever it is.
+What depends on constants only is computed by PyTorch when the model is compiled, and needs no kernel. (Large values
+made of small ones, such as masks, are not; they are computed where they are used.)
 
 ## ATen operators
 
 The operators of a model as `torch.export` gives them. In parentheses are the overloads, where there are others than
-`default`. "Role" is what fusion knows of an operator ([architecture](architecture.md) says what that means).
+`default`. The role is what fusion knows of an operator ([passes](passes.md#fuse_operators) says what it makes of that).
 
 Element types: float32 and float64, the integers, booleans; float16 and bfloat16 models are computed in float32. Sizes
-may vary where they follow from the sizes of inputs. Not supported are sizes that depend on data (`nonzero`, indexing with
-a mask), random numbers, sorting, and writes to places that are data (`scatter`, `index_put`).
+may vary where they follow from the sizes of inputs. Not supported are sizes that depend on data (`nonzero`, indexing
+with a mask), random numbers, sorting, and most writes to places that are data (`scatter`, `index_put`).
 """
 
 
@@ -87,7 +89,8 @@ def text() -> str:
     parts = [_INTRODUCTION]
     for role, names in documented_roles().items():
         title, words = _ROLES[role]
-        parts.append(f"### {title} (role `{role}`)\n\n{_fill(words)}\n\n{_fill(_listing(names))}\n")
+        kind = "kernel family" if role in ("matmul", "convolution", "attention") else "role"
+        parts.append(f"### {title} ({kind} `{role}`)\n\n{_fill(words)}\n\n{_fill(_listing(names))}\n")
     parts.append(
         "### Written differently first\n\n"
         + _fill("These have no kernel of their own: the pass `canonicalize` writes them with the operators above.")
@@ -112,14 +115,15 @@ def documented_roles() -> dict[str, set[str]]:
 def rewritten() -> set[str]:
     """Operators that kernels are not made of, but that the canonical form does without."""
     roles = fusion_roles()
-    names = {str(target) for target in RULES if not roles.known(target)}
-    return {name for name in names if "sym_size" not in name}
+    tensors = [target for target in RULES if isinstance(target, torch._ops.OpOverload) and "sym_" not in str(target)]
+    names = {str(target) for target in tensors if not roles.known(target)}
+    return {name for name in names if not ("conv" in name and "3d" in name)}  # no kernel takes three dimensions
 
 
 def names_in(listing: str) -> set[str]:
     """The qualified names that a listing of this page stands for."""
     found = set()
-    for name, overloads in re.findall(r"`([\w.:]+)`(?: \(([^)]*)\))?", listing):
+    for name, overloads in re.findall(r"`([\w.:]+)`(?: \(([^)]*)\))?", " ".join(listing.split())):
         namespace, _, plain = name.rpartition(".")
         for overload in (overloads or "default").split(", "):
             found.add(f"{namespace or 'aten'}.{plain}.{overload}")
@@ -158,9 +162,9 @@ def _onnx() -> str:
     lines = [
         "## ONNX operators\n",
         _fill(
-            "The frontend interprets each node with calls of PyTorch, in the semantics of the model's operator set; what "
-            "these calls become must be among the operators above. Names with a dot are of another domain than ONNX's "
-            "own. An attribute, an older operator set or an input that is not supported is refused by name."
+            "The frontend interprets each node with calls of PyTorch, in the semantics of the model's operator set; "
+            "what these calls become must be among the operators above. Names with a dot are of another domain than "
+            "ONNX's own. An attribute, an older operator set or an input that is not supported is refused by name."
         )
         + "\n",
     ]
@@ -170,9 +174,9 @@ def _onnx() -> str:
             lines.append(f"- **{family}**: {listed}")
     lines = [*lines[:2], *(_fill(line, indent="  ") for line in lines[2:])]
     control = (
-        "Conditions and trip counts (`If`, `Loop`, `Scan`), and the operands of `Range`, `NonZero` and `Compress`, must "
-        "be constants or follow from shapes. Sequences and optionals may be used inside a model, not as its inputs or "
-        "outputs."
+        "Conditions and trip counts (`If`, `Loop`, `Scan`), and the operands of `Range`, `NonZero` and `Compress`, "
+        "must be constants or follow from shapes. Sequences and optionals may be used inside a model, not as its "
+        "inputs or outputs."
     )
     lines.append(f"\n{_fill(control)}\n")
     lines.append(_fill("Read, but without a kernel yet, so supported only where all operands are constants:") + "\n")

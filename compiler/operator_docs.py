@@ -142,7 +142,7 @@ def _listing(names: Iterable[str]) -> str:
         namespace, packet, overload = name.split(".")
         packets.setdefault(packet if namespace == "aten" else f"{namespace}.{packet}", []).append(overload)
     words = []
-    for packet, overloads in sorted(packets.items(), key=lambda item: item[0].lstrip("_")):
+    for packet, overloads in sorted(packets.items(), key=lambda item: (item[0].lstrip("_"), item[0])):
         # the default first, as the others are variations of it
         listed = ", ".join(sorted(overloads, key=lambda overload: (overload != "default", overload)))
         words.append(f"`{packet}`" if listed == "default" else f"`{packet}` ({listed})")

@@ -65,6 +65,8 @@ def _build(task: Task, anchor: fx.Node, frame: Frame) -> KernelCode:
     outer = _lead_index(kernel, lead)
     scale = arguments.get("scale")
     scale = 1 / math.sqrt(d) if scale is None else scale
+    if not isinstance(scale, int | float):
+        raise CompileError(f"{anchor}: the scale must be a fixed number; multiply the queries where it varies")
     q_wide = broadcast(q, (*lead, queries, d))
     key_lead = (*lead[:-1], key_heads) if lead else ()
     k_wide, v_wide = broadcast(k, (*key_lead, keys, d)), broadcast(v, (*key_lead, keys, dv))

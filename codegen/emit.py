@@ -95,12 +95,16 @@ class Scope:
             return expr.name
         if isinstance(expr, Index):
             return self.size(expr.value)
+        needs = self.emitter.builder.free(expr)
+        lane = {self.emitter.lanes.variable} if self.emitter.lanes and isinstance(expr, Reduce) else set()
         scope: Scope | None = self
         while scope is not None:
             if expr in scope._names:
                 return scope._names[expr]
+            if needs & (scope.variables - lane):
+                break  # a value of that name further out has another loop's variable: reductions reuse names of axes
             scope = scope.parent
-        home = self._home(self.emitter.builder.free(expr), skip_lane=isinstance(expr, Reduce))
+        home = self._home(needs, skip_lane=isinstance(expr, Reduce))
         if isinstance(expr, Reduce):
             return home._reduce(expr)
         return home._bind(expr)

@@ -109,7 +109,23 @@ def lower(program: Program, kernels: KernelTable, constants: ConstantTable) -> L
         UnsupportedOperator: nodes outside regions remain; lists all of them.
         CompileError: a size or a value cannot be expressed.
     """
-    return _Lowering(program, kernels, constants).run()
+    before = _assumptions(program)
+    lowered = _Lowering(program, kernels, constants).run()
+    if len(_assumptions(program)) > len(before):
+        raise CompileError(
+            f"lowering {program.name} took a size that varies for a number: {_assumptions(program)[len(before)]}; "
+            "this is an error of the compiler"
+        )
+    return lowered
+
+
+def _assumptions(program: Program) -> list[Any]:
+    """What has been assumed of symbolic sizes so far; looking at a symbol's example value adds to it."""
+    for node in program.graph.find_nodes(op="placeholder"):
+        environment = getattr(getattr(node.meta["val"], "fake_mode", None), "shape_env", None)
+        if environment is not None:
+            return [guard.expr for guard in environment.guards]
+    return []
 
 
 class _Lowering:

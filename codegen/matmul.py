@@ -124,11 +124,11 @@ def _build(
         beta, alpha = (anchor.kwargs.get(name, 1) for name in ("beta", "alpha"))
         term = builder.cast(broadcast(added, shape).at(index), "float32")
         if alpha != 1:
-            product = builder.call("mul", "float32", product, builder.const(alpha, "float32"))
+            product = builder.call("mul", "float32", product, work.region.number(alpha, "float32"))
         if beta == 0:
             return product
         if beta != 1:
-            term = builder.call("mul", "float32", term, builder.const(beta, "float32"))
+            term = builder.call("mul", "float32", term, work.region.number(beta, "float32"))
         return builder.call("add", "float32", product, term)
 
     epilogue = work.epilogue(index, ("b", "m"), "n", acc)

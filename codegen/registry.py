@@ -11,6 +11,7 @@ from torch import fx
 
 from ..runtime.sizes import Size
 from .expr import Expr
+from .numbers import number
 from .symbols import SymbolTable
 from .values import Kernel, Value, dtype_name
 
@@ -60,8 +61,15 @@ class Region:
             return argument
         if isinstance(argument, bool | int | float):
             return self.kernel.constant(argument, dtype)
+        if isinstance(argument, torch.SymFloat):
+            exact = number(self.builder, self.symbols, argument.node.expr)
+            return Value((), dtype, lambda index, mask: self.builder.cast(exact, dtype))
         size = self.symbols.size(argument)
         return Value((), dtype, lambda index, mask: self.builder.index(size, dtype))
+
+    def number(self, argument: Any, dtype: str) -> Expr:
+        """A number or a size as an expression of a computation dtype."""
+        return self.builder.cast(self.value(argument, dtype).at(()), dtype)
 
     def pointwise(
         self, shape: tuple[Size, ...], dtype: str, operands: list[Value], combine: Callable[..., Expr], compute: str

@@ -16,6 +16,9 @@ PREFIX = "n_"
 """What the names of sizes start with in C, where loops, operands and functions have names that users choose too."""
 
 
+_LARGEST_DENOMINATOR = 1 << 16
+
+
 class SymbolTable:
     """The symbols of one program: their names in kernels, ranges, and the translation of sympy expressions."""
 
@@ -67,8 +70,12 @@ class SymbolTable:
             return sizes.mul(*[self._translate(expr.base)] * int(expr.exp))
         name = type(expr).__name__
         args = expr.args
-        if name in ("FloorDiv", "CleanDiv", "IntTrueDiv", "TruncToInt") and len(args) == 2:
+        if name in ("FloorDiv", "CleanDiv"):
             return sizes.floordiv(self._translate(args[0]), self._translate(args[1]))
+        if name in ("TruncToInt", "FloorToInt", "CeilToInt"):
+            numerator, denominator = _fraction(args[0])
+            divide = sizes.ceildiv if name == "CeilToInt" else sizes.floordiv
+            return divide(self._translate(numerator), self._translate(denominator))
         if name in ("Mod", "PythonMod"):
             return sizes.mod(self._translate(args[0]), self._translate(args[1]))
         if name == "ModularIndexing":
@@ -97,3 +104,28 @@ class SymbolTable:
         if denominator != 1:
             return sizes.floordiv(self._translate(numerator), self._translate(denominator))
         return sizes.mul(*map(self._translate, expr.args))
+
+
+def _fraction(expr: sympy.Basic) -> tuple[sympy.Basic, sympy.Basic]:
+    """Numerator and denominator of a real expression that the exporter wrote with floating-point functions.
+
+    Raises:
+        CompileError: a number in it is no fraction of small integers.
+    """
+    name = type(expr).__name__
+    if name == "ToFloat":
+        return expr.args[0], sympy.Integer(1)
+    if name in ("IntTrueDiv", "FloatTrueDiv"):
+        (a, b), (c, d) = map(_fraction, expr.args)
+        return a * d, b * c
+    if isinstance(expr, sympy.Float):
+        exact = sympy.Rational(expr)
+        if exact.q > _LARGEST_DENOMINATOR:
+            raise CompileError(f"a size is computed with {expr}, which is no fraction of small integers")
+        return sympy.Integer(exact.p), sympy.Integer(exact.q)
+    if isinstance(expr, sympy.Mul):
+        numerators, denominators = zip(*map(_fraction, expr.args), strict=True)
+        return sympy.Mul(*numerators), sympy.Mul(*denominators)
+    if isinstance(expr, sympy.Add):
+        return sympy.fraction(sympy.together(sympy.Add(*(a / b for a, b in map(_fraction, expr.args)))))
+    return expr, sympy.Integer(1)

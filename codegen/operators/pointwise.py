@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...runtime import sizes
 from ...runtime.sizes import Size
 from ..expr import COMPUTE_DTYPE, Expr
 from ..registry import Region, lowers, overloads
@@ -27,7 +28,7 @@ def _fake(argument: Any) -> Any:
     value = argument.meta["val"] if isinstance(argument, fx.Node) else argument
     if isinstance(value, torch.SymInt):
         return 1
-    return value
+    return 1.0 if isinstance(value, torch.SymFloat) else value
 
 
 def _binary(op: str) -> Callable[..., Value]:
@@ -37,7 +38,7 @@ def _binary(op: str) -> Callable[..., Value]:
 
         def combine(x: Expr, y: Expr) -> Expr:
             if alpha != 1:
-                y = region.builder.call("mul", compute, y, region.builder.const(alpha, compute))
+                y = region.builder.call("mul", compute, y, region.number(alpha, compute))
             return region.builder.call(op, compute, x, y)
 
         operands = [region.value(a, dtype), region.value(b, dtype)]
@@ -204,11 +205,12 @@ class _Operators:
     """Short forms for writing formulas."""
 
     def __init__(self, region: Region, dtype: str) -> None:
+        self.region = region
         self.builder = region.builder
         self.dtype = dtype
 
-    def __call__(self, op: str, *args: Expr | float | bool) -> Expr:
-        operands = tuple(arg if isinstance(arg, Expr) else self.builder.const(arg, self.dtype) for arg in args)
+    def __call__(self, op: str, *args: Any) -> Expr:
+        operands = tuple(arg if isinstance(arg, Expr) else self.region.number(arg, self.dtype) for arg in args)
         return self.builder.call(
             op, "bool" if op in ("lt", "le", "gt", "ge", "eq", "ne", "isnan") else self.dtype, *operands
         )
@@ -400,5 +402,21 @@ def _arange(region: Region, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
 
 @lowers(*overloads("linspace"), role="pointwise")
 def _linspace(region: Region, node: fx.Node, start: Any, end: Any, steps: Any, **kwargs: Any) -> Value:
-    step = (end - start) / max(steps - 1, 1)
-    return _arange(region, node, start, end, step)
+    """Steps from the start in the first half and back from the end in the second, so that both ends are exact."""
+    dtype = region.dtype(node)
+    compute = COMPUTE_DTYPE.get(dtype, dtype)
+    builder, (count,) = region.builder, region.shape(node)
+    first, last = region.number(start, compute), region.number(end, compute)
+    intervals = builder.index(sizes.maximum(sizes.add(count, -1), 1), compute)
+    step = builder.call("div", compute, builder.call("sub", compute, last, first), intervals)
+
+    def at(index: tuple[Size, ...], mask: Expr | None) -> Expr:
+        forward, backward = (
+            builder.call("mul", compute, builder.index(position, compute), step)
+            for position in (index[0], sizes.sub(sizes.add(count, -1), index[0]))
+        )
+        early = builder.call("lt", "bool", builder.index(index[0]), builder.index(sizes.floordiv(count, 2)))
+        above, below = builder.call("add", compute, first, forward), builder.call("sub", compute, last, backward)
+        return builder.call("where", compute, early, above, below)
+
+    return Value((count,), dtype, at)

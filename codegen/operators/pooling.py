@@ -191,6 +191,8 @@ def _nearest_source(
     """The source index of a nearest-neighbour resize, in integer arithmetic."""
     if scale is not None and float(scale).is_integer() and not exact:
         return region.kernel.split(position, int(scale))[0]
+    if scale is not None and float(1 / scale).is_integer() and not exact:
+        return sizes.minimum(sizes.mul(position, int(1 / scale)), sizes.add(source, -1))
     if (
         scale is not None
         and scale != 1

@@ -263,7 +263,7 @@ def _pad(region: Region, node: fx.Node, a: Value, pad: Sequence[Any], *rest: Any
         value = a.at(own, builder.all_of(mask, inside))
         if inside is None:
             return value
-        return builder.call("where", value.dtype, inside, value, builder.const(fill, value.dtype))
+        return builder.call("where", value.dtype, inside, value, region.number(fill, value.dtype))
 
     return Value(region.shape(node), a.dtype, at)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from torch import fx
@@ -12,6 +13,7 @@ from ..passes.graph.regions import body, is_region
 from ..runtime.plan import Origin
 from .registry import find_lowering
 
+_OWN = Path(__file__).parents[1]
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in')
 
 
@@ -42,10 +44,19 @@ def module_path(stack: Any) -> str:
     return str(path).removeprefix("L['self'].").removeprefix("L['self']").lstrip(".")
 
 
+@functools.cache
 def relative_path(file: str) -> str:
-    """A source path from its package on: what is the same on every machine."""
-    path = PurePosixPath(file)
+    """A source path as its module is imported: the same on every machine, from a checkout and from an installation.
+
+    A file that belongs to no package is its name alone.
+    """
+    path = Path(file)
     for anchor in ("site-packages", "dist-packages"):
         if anchor in path.parts:
             return "/".join(path.parts[path.parts.index(anchor) + 1 :])
-    return "/".join(path.parts[-2:])
+    if path.is_relative_to(_OWN):
+        return f"tilewright/{path.relative_to(_OWN).as_posix()}"
+    top = path.parent
+    while top.parent != top and (top / "__init__.py").is_file():
+        top = top.parent
+    return path.relative_to(top).as_posix()

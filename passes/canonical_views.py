@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph.edit import fake_mode, inherit, insert, same_shape, same_size, tensor_shape, value_of
+from .graph.edit import faking, inherit, insert, same_shape, same_size, tensor_shape, value_of
 from .graph.query import arguments, aten, is_call, only_user, size_at
 
 RESHAPES = (
@@ -270,7 +270,7 @@ def _broadcasts(user: fx.Node, node: fx.Node, source: fx.Node) -> bool:
     if user.op != "call_function" or user.target not in BROADCASTING:
         return False
     args, kwargs = fx.map_arg((user.args, user.kwargs), lambda used: source if used is node else used)
-    with fake_mode(node.graph):
+    with faking(node.graph):
         value = user.target(*value_of(args), **value_of(kwargs))  # type: ignore[operator]
     return value.dtype == user.meta["val"].dtype and same_shape(value.shape, tensor_shape(user))
 

@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..runtime.errors import CompileError, NumericsError
-from .graph.edit import fake_mode, same_size, value_of
+from .graph.edit import fake_mode, faking, same_size, value_of
 from .graph.printer import show_operator, show_type
 from .graph.program import Program
 from .graph.query import is_assertion
@@ -124,13 +124,28 @@ def check_outputs(
 
 @contextmanager
 def fixed_symbols(program: Program) -> Iterator[None]:
-    """Within it no symbol can be specialised or equated with another by what an operator's shape function asks."""
+    """Within it no symbol can be specialised or equated with another by what an operator's shape function asks.
+
+    Raises:
+        CompileError: inside, where one asks for the number that a symbol stands for in the sample.
+    """
     environment = fake_mode(program.graph).shape_env
     if environment is None:
         yield
         return
-    with environment.suppress_guards():
-        yield
+    evaluate = environment.evaluate_sym_node
+
+    def decide(node: Any, *rest: Any, **named: Any) -> Any:
+        if not node.is_bool() and node.expr.free_symbols:
+            raise CompileError(f"an operator's shape function takes the size {node.expr} for a number")
+        return evaluate(node, *rest, **named)
+
+    environment.evaluate_sym_node = decide  # type: ignore[method-assign]
+    try:
+        with environment.suppress_guards():
+            yield
+    finally:
+        del environment.evaluate_sym_node  # the class's own again
 
 
 def check_structure(program: Program, interface: tuple[Any, ...]) -> None:
@@ -189,12 +204,11 @@ def check_shapes(program: Program) -> None:
 
 
 def _check_shapes(module: fx.GraphModule) -> None:
-    mode = fake_mode(module.graph)
     for node in module.graph.nodes:
         if node.op in ("placeholder", "output") or is_assertion(node):
             continue
         try:
-            value = _recompute(node, mode)
+            value = _recompute(node)
         except (RuntimeError, TypeError, ValueError) as error:
             raise CompileError(f"%{node.name} = {show_operator(node.target)} does not run: {error}") from error
         if not same_type(node.meta["val"], value):
@@ -204,7 +218,7 @@ def _check_shapes(module: fx.GraphModule) -> None:
             )
 
 
-def _recompute(node: fx.Node, mode: Any) -> Any:
+def _recompute(node: fx.Node) -> Any:
     if node.op == "get_attr":
         value: Any = node.graph.owning_module
         for part in str(node.target).split("."):
@@ -219,7 +233,7 @@ def _recompute(node: fx.Node, mode: Any) -> Any:
         results = value_of(nested.graph.output_node().args[0])
         return tuple(results) if isinstance(results, list) else results
     assert callable(node.target)
-    with mode:
+    with faking(node.graph):
         return node.target(*value_of(node.args), **value_of(node.kwargs))
 
 

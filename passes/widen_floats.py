@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .base import Pass, Report
-from .graph.edit import fake_mode, insert, value_of
+from .graph.edit import faking, insert, value_of
 from .graph.program import Program
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -88,7 +88,7 @@ def _widen_node(node: fx.Node) -> None:
     node.args = _widened(node.args)
     node.kwargs = _widened(node.kwargs)
     if isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
-        with fake_mode(node.graph):
+        with faking(node.graph):
             node.meta["val"] = node.target(*value_of(node.args), **value_of(node.kwargs))  # type: ignore[operator]
 
 

@@ -6,11 +6,13 @@ All passes build nodes through :func:`insert`, which runs the operator on the op
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 ORIGIN_KEYS = ("stack_trace", "nn_module_stack", "onnx_node")
@@ -23,6 +25,16 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def faking(graph: fx.Graph) -> Iterator[None]:
+    """Within it operators run on the graph's fake values, as the exporter runs them.
+
+    The Python dispatcher is what keeps sizes symbolic in operators that PyTorch composes in C++ (``constant_pad_nd``).
+    """
+    with fake_mode(graph), enable_python_dispatcher():
+        yield
 
 
 def value_of(argument: Any) -> Any:
@@ -42,7 +54,7 @@ def insert(
 ) -> fx.Node:
     """Insert ``target(*args, **kwargs)`` before a node, with its fake value and the provenance of ``origins``."""
     kwargs = kwargs or {}
-    with fake_mode(graph):
+    with faking(graph):
         value = target(*value_of(tuple(args)), **value_of(kwargs))
     with graph.inserting_before(before):
         node = graph.create_node("call_function", target, tuple(args), kwargs, name=name)

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from .edit import fake_mode, same_shape, same_size, tensor_shape, value_of
+from .edit import faking, same_shape, same_size, tensor_shape, value_of
 from .query import is_assertion, is_pure, is_random, is_static, tensor_of
 
 aten = torch.ops.aten
@@ -270,7 +270,6 @@ def settle_views(node: fx.Node) -> None:
     The logical values do not change, but the rewritten value may lie differently in memory than the one it replaces.
     Its dependants get their values recomputed as far as strides differ; a view that cannot be made becomes a reshape.
     """
-    mode = fake_mode(node.graph)
     pending = users_of(node)
     target: Any
     while pending:
@@ -278,7 +277,7 @@ def settle_views(node: fx.Node) -> None:
         before, target = user.meta.get("val"), user.target
         if user.op != "call_function" or not isinstance(before, torch.Tensor):
             continue
-        with mode:
+        with faking(node.graph):
             try:
                 after = target(*value_of(user.args), **value_of(dict(user.kwargs)))
             except (RuntimeError, ValueError):

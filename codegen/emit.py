@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from ..runtime import sizes
 from ..runtime.sizes import Size
 from . import dialect_c
-from .expr import Builder, Call, Const, Dynamic, Expr, Index, Load, Reduce, Scalar, children
+from .expr import Builder, Call, Const, Dynamic, Expr, Index, Load, Reduce, Scalar, children, walk
 
 SIMD = "#pragma omp simd"
 
@@ -118,10 +118,21 @@ class Scope:
 
     def store(self, buffer: str, offset: Size, value: Expr) -> None:
         """Append ``buffer[offset] = value`` with the conversion to the buffer's dtype."""
+        self._reductions_first(value, ())
         text, place = self.value(value), self.size(offset)
         self.lines.append(
             f"{buffer}[{place}] = {dialect_c.to_storage(text, value.dtype, self.emitter.dtypes[buffer])};"
         )
+
+    def _reductions_first(self, expr: Expr, bound: Iterable[str]) -> None:
+        """Emit the reductions that an expression needs before the expression: what they keep of a row is then there.
+
+        Those that depend on the variables ``bound`` of loops still to be opened are left to these loops.
+        """
+        builder = self.emitter.builder
+        for node in walk(builder, [expr], into_reductions=False):
+            if isinstance(node, Reduce) and not builder.free(node) & frozenset(bound):
+                self.value(node)
 
     def _home(self, needs: frozenset[str], *, skip_lane: bool) -> Scope:
         """The scope to bind a value in: the innermost that binds one of its variables, else the outermost."""
@@ -177,6 +188,7 @@ class Scope:
         return name
 
     def _reduce_scalar(self, expr: Reduce) -> str:
+        self._reductions_first(expr.body, [name for name, _ in expr.loops])
         reduction = dialect_c.reduction(expr.op, expr.body.dtype, self.emitter.fresh("r"))
         self.lines.extend(reduction.declare)
         scopes = self._nest(expr)
@@ -245,13 +257,13 @@ def plan_row_cache(emitter: Emitter, roots: list[Expr], variable: str, extent: S
     counts: dict[Expr, int] = {}
     parents: dict[Expr, list[Expr]] = {}
     for tops in passes:
-        local: set[Expr] = set()
+        local: dict[Expr, None] = {}  # in order of discovery: names must not depend on hashes
         stack = list(tops)
         while stack:
             node = stack.pop()
             if node in local or isinstance(node, Reduce) or variable not in builder.free(node):
                 continue
-            local.add(node)
+            local[node] = None
             for child in children(node):
                 parents.setdefault(child, []).append(node)
                 stack.append(child)

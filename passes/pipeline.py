@@ -21,6 +21,7 @@ from .recognise_rms_norm import RecogniseRmsNorm
 from .recognise_rotary import RecogniseRotary
 from .split_transposed_convolution import SplitTransposedConvolution
 from .widen_floats import WidenFloats
+from .write_out_attention import WriteOutAttention
 
 
 def pipeline(roles: Roles) -> list[Pass]:
@@ -48,6 +49,8 @@ def pipeline(roles: Roles) -> list[Pass]:
         RecogniseGelu(),
         RecogniseRotary(),
         RecogniseAttention(),
+        # What no kernel takes becomes products and a softmax again, which the passes below see as such.
+        WriteOutAttention(),
         # Batch norms before scales: where they cannot go into a product they leave factors and terms behind.
         FoldBatchNorm(),
         # After attention has taken its scale, which costs nothing there, and before weights are joined.

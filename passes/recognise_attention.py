@@ -18,7 +18,7 @@ from typing import Any
 from torch import fx
 
 from .base import Pass, Report
-from .graph.attention import Operand, Scores, product_of, scores_of, softmax_of, used_elsewhere
+from .graph.attention import Operand, Scores, product_of, scores_of, softmax_of, unfit_heads, used_elsewhere
 from .graph.attention_masks import Mask, MaskBuilder, Refusal, lifted
 from .graph.edit import insert, same_shape, same_size, tensor_shape
 from .graph.masks import is_causal, shows_everything
@@ -65,6 +65,8 @@ def _recognise(node: fx.Node, masks: MaskBuilder, report: Report) -> None:
     q, k, v, scale = _operands(scores, weights, values)
     k, v, grouped = _groups(q, k, v)
     q, k, v, scale = _narrowed(node, q, k, v, scale)
+    if reason := unfit_heads(*(one.node.meta["val"].new_empty(one.shape) for one in (q, k, v))):
+        raise Refusal(reason)
     mask = masks.build(scores, softmax[1])
     text = f"attention of {q.node.name}, {k.node.name}, {v.node.name}, scale {scale:g}{_described(mask, grouped)}"
     added = None if mask.node is None else lifted(mask.node, q.rank, node)

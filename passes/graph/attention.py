@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from .edit import insert, same_shape, tensor_shape
@@ -31,6 +32,20 @@ from .query import size_at
 
 WHERE = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf})
 MASKED_FILL = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
+
+LONGEST_HEAD = 256  # elements that the attention kernels hold (codegen/attention_blocks.py)
+
+
+def unfit_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    """Why no attention kernel takes such operands; None if one does."""
+    for length in (query.shape[-1], value.shape[-1]):
+        if not isinstance(length, int):
+            return f"the length {length} of its heads varies"
+        if not 1 <= length <= LONGEST_HEAD:
+            return f"its heads have {length} elements, the kernels take 1 to {LONGEST_HEAD}"
+    if any(operand.dtype == torch.float64 for operand in (query, key, value)):
+        return "it is float64, the kernels compute in float32"
+    return None
 
 
 @dataclass(frozen=True)

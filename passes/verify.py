@@ -140,7 +140,7 @@ def fixed_symbols(program: Program) -> Iterator[None]:
             raise CompileError(f"an operator's shape function takes the size {node.expr} for a number")
         return evaluate(node, *rest, **named)
 
-    environment.evaluate_sym_node = decide  # type: ignore[method-assign]
+    environment.evaluate_sym_node = decide  # type: ignore[assignment, method-assign]
     try:
         with environment.suppress_guards():
             yield

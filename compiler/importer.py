@@ -10,6 +10,7 @@ from __future__ import annotations
 import keyword
 import operator
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ def from_exported(
         sample = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
     if results is None:
         results = _result_tree(exported)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="erase_node")  # PyTorch's own clean-up, of copies between states
         exported = exported.run_decompositions({})
     refuse_unsupported(exported)
     placeholders = _input_placeholders(exported)

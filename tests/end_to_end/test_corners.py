@@ -1,57 +1,16 @@
-"""Corners of what a model may take, return and keep, from the module to the running artifact."""
+"""Corners of what a model may take and return, from the module to the running artifact."""
 
 from __future__ import annotations
 
-import json
-
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import tilewright
-from tilewright.compiler.options import Entry
 from tilewright.models.initialize import initialize
 from tilewright.runtime.errors import ShapeError, UsageError
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Compile with verification on, and load."""
-    models = []
-
-    def run(module, args=(), shapes=None, **options):
-        path = tmp_path / f"model{len(models)}.tw"
-        tilewright.compile(module.eval(), args, output=path, dynamic_shapes=shapes, **options)
-        models.append(tilewright.load(path, threads=2))
-        return models[-1]
-
-    yield run
-    for model in models:
-        model.close()
-
-
-def same(got, want, tolerance=2e-6):
-    """The same structure, types, dtypes and numbers."""
-    if isinstance(want, torch.Tensor):
-        want = want.detach()
-        expected = want.float().numpy() if want.dtype == torch.bfloat16 else want.numpy()
-        if want.dtype == torch.bfloat16:
-            assert got.dtype.name == "bfloat16"
-            got = got.astype(np.float32)
-        assert isinstance(got, np.ndarray) and got.dtype == expected.dtype and got.shape == expected.shape
-        np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
-    elif isinstance(want, dict):
-        assert list(got) == list(want)
-        for key in want:
-            same(got[key], want[key], tolerance)
-    elif isinstance(want, tuple | list):
-        assert type(got) is type(want) and len(got) == len(want)
-        for left, right in zip(got, want, strict=True):
-            same(left, right, tolerance)
-    else:
-        assert type(got) is type(want) and got == want
 
 
 class EveryOutput(nn.Module):
@@ -72,7 +31,7 @@ class EveryOutput(nn.Module):
         }  # fmt: skip
 
 
-def test_every_kind_of_output(make):
+def test_every_kind_of_output(make, same):
     module = EveryOutput()
     x, y = torch.randn(5, 4), torch.randint(0, 9, (2,))
     model = make(module, (x, y), {"x": "n:1..9,4"})
@@ -110,7 +69,7 @@ class Constant(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [OnlyViews, Nothing, Same, Constant])
-def test_models_that_compute_nothing(make, kind):
+def test_models_that_compute_nothing(make, same, kind):
     model = make(kind(), (torch.randn(3, 4, 6),), {"x": "n:1..9,4,6"})
     for rows in (3, 1, 8):
         x = torch.randn(rows, 4, 6)
@@ -126,7 +85,7 @@ class Unused(nn.Module):
         return self.layer(x)
 
 
-def test_unused_inputs_and_weights(make):
+def test_unused_inputs_and_weights(make, same):
     module = initialize(Unused(), 0)
     model = make(module, (torch.randn(3, 4), torch.randn(2, 2)), {"x": "n:1..9,4", "y": "m:1..5,2"})
     x, y = torch.randn(2, 4), torch.randn(5, 2)
@@ -136,138 +95,6 @@ def test_unused_inputs_and_weights(make):
     with pytest.raises(UsageError, match="y missing"):
         model(x.numpy())
     assert all("idle" not in constant.name for constant in model.entry("main").plan.constants)
-
-
-# -- several entry points, state ---------------------------------------------------------------------------------------
-
-
-class TwoTowers(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(50, 16)
-        self.up = nn.Linear(16, 32)
-        self.down = nn.Linear(32, 16)
-
-    def encode(self, ids):
-        return F.gelu(self.up(self.table(ids))).mean(1)
-
-    def forward(self, ids):
-        return self.down(self.encode(ids)) @ self.table.weight.t()
-
-
-def test_entry_points_share_weights(make):
-    module = initialize(TwoTowers(), 0)
-    ids = torch.randint(0, 50, (2, 5))
-    shapes = {"ids": "batch:1..8,seq:1..16"}
-    both = make(module, entries={"main": Entry("forward", (ids,), dynamic_shapes=shapes), "encode": Entry("encode",
-    (ids,), dynamic_shapes=shapes)})  # fmt: skip
-    alone = make(module, (ids,), shapes)
-    assert both.entries == ("main", "encode")
-    for sizes in ((2, 5), (1, 1), (8, 16)):
-        ids = torch.randint(0, 50, sizes)
-        same(both(ids.numpy()), module(ids))
-        same(both.entry("encode")(ids.numpy()), module.encode(ids))
-    weights = [(model.artifact.path / "weights.safetensors").stat().st_size for model in (both, alone)]
-    assert weights[0] == weights[1]
-    with pytest.raises(UsageError, match="decode.*main"):
-        both.entry("decode")
-
-
-class Counter(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("count", torch.full((), 10, dtype=torch.int64))
-
-    def forward(self, x):
-        self.count.add_(1)
-        return x + self.count
-
-    def peek(self, x):
-        return self.count * x
-
-
-def test_two_entry_points_share_a_counter(make):
-    x = torch.ones(3)
-    model = make(Counter(), entries={"main": Entry("forward", (x,)), "peek": Entry("peek", (x,))})
-    for _ in range(2):  # plain calls start from the initial state
-        assert model(x.numpy()).tolist() == [12.0] * 3
-    session, other = model.session(), model.session()
-    assert [session(x.numpy())[0] for _ in range(3)] == [12, 13, 14]
-    assert session.entry("peek")(x.numpy()).tolist() == [13.0] * 3
-    assert other.entry("peek")(x.numpy()).tolist() == [10.0] * 3
-
-
-class Ring(nn.Module):
-    """The last four rows that it was given, as a ring, and the place of the next one."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("rows", torch.zeros(4, 3))
-        self.register_buffer("place", torch.zeros(1, dtype=torch.int64))
-
-    def forward(self, x):
-        before = self.rows.clone()
-        self.rows.index_copy_(0, self.place, x)
-        self.place.copy_((self.place + 1) % 4)
-        return self.rows.sum(0), before
-
-
-def test_a_ring_buffer(make):
-    model, eager = make(Ring(), (torch.randn(1, 3),)), Ring()
-    session = model.session()
-    for _ in range(11):
-        x = torch.randn(1, 3)
-        same(session(x.numpy()), eager(x))
-
-
-class Crossed(nn.Module):
-    """States whose new values are each other's old ones, a shifted view of itself,
-    and a value that is also given out."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("a", torch.arange(4.0))
-        self.register_buffer("b", torch.arange(4.0) * 10)
-        self.register_buffer("c", torch.arange(4.0) - 7)
-
-    def forward(self, x):
-        a, b = self.a.clone(), self.b.clone()
-        self.a.copy_(b)
-        self.b.copy_(a)
-        self.c.copy_(self.c.flip(0) + x)
-        return self.c, self.a + x, b
-
-
-def test_states_that_exchange_their_values(make):
-    model, eager = make(Crossed(), (torch.randn(4),)), Crossed()
-    session = model.session()
-    for _ in range(5):
-        x = torch.randn(4)
-        same(session(x.numpy()), eager(x))
-
-
-class Chained(nn.Module):
-    """One state takes the old value of the next, as a delay line does."""
-
-    def __init__(self):
-        super().__init__()
-        for name in ("c", "b", "a"):
-            self.register_buffer(name, torch.zeros(3))
-
-    def forward(self, x):
-        oldest = self.c.clone()
-        self.c.copy_(self.b)
-        self.b.copy_(self.a)
-        self.a.copy_(x)
-        return oldest
-
-
-def test_a_delay_line(make):
-    model, eager = make(Chained(), (torch.randn(3),)), Chained()
-    session = model.session()
-    for _ in range(6):
-        x = torch.randn(3)
-        same(session(x.numpy()), eager(x))
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
@@ -287,7 +114,7 @@ def test_zero_sizes(make, rows, inner):
         np.testing.assert_allclose(left, right.numpy(), rtol=1e-6)
 
 
-def test_a_dynamic_size_of_zero(make):
+def test_a_dynamic_size_of_zero(make, same):
     module = initialize(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), 0)
     model = make(module, (torch.randn(2, 4),), {"input": "rows:0..9,4"})
     for rows in (0, 1, 9):
@@ -300,7 +127,7 @@ class Scalars(nn.Module):
         return x * y, x.reshape(1, 1), torch.where(n > 2, x, y), n + 1, torch.stack([x, y]).softmax(0)
 
 
-def test_scalars(make):
+def test_scalars(make, same):
     model = make(Scalars(), (torch.tensor(2.0), torch.tensor(-3.0), torch.tensor(4)))
     for x, y, n in ((1.5, 2.5, 3), (-1.0, 0.0, 2)):
         want = Scalars()(torch.tensor(x), torch.tensor(y), torch.tensor(n))
@@ -318,7 +145,7 @@ class OneElement(nn.Module):
         return y, self.norm(y), self.linear(y), y.softmax(-1), y.amax((2, 3)), F.max_pool2d(y, 1), y @ y
 
 
-def test_one_element(make):
+def test_one_element(make, same):
     module = initialize(OneElement(), 0)
     x = torch.randn(1, 1, 1, 1)
     same(make(module, (x,))(x.numpy()), module(x))
@@ -330,7 +157,7 @@ class Stretched(nn.Module):
         return x.view(b, n // 16, 16).sum(1), x.view(b, 16, n // 16).amax(2), F.softmax(x, -1)
 
 
-def test_multiples_of_a_symbol(make):
+def test_multiples_of_a_symbol(make, same):
     model = make(Stretched(), (torch.randn(2, 64),), {"x": "b:1..4,16*h:2..32"})
     assert model.inputs[0].shape == ("b", "h*16") and model.inputs[0].ranges == {"b": (1, 4), "h": (2, 32)}
     for rows, h in ((2, 4), (1, 2), (4, 32), (3, 7)):
@@ -359,7 +186,7 @@ class Scaled(nn.Module):
         )  # fmt: skip
 
 
-def test_numbers_that_follow_from_sizes(make):
+def test_numbers_that_follow_from_sizes(make, same):
     model = make(Scaled(), (torch.randn(2, 5), torch.randn(1, 3, 6, 8)), {"x": "b:1..8,n:1..9", "y": "1,3,h:2..20,8"})
     for b, n, h in ((2, 5, 6), (1, 1, 3), (8, 9, 20)):
         x, y = torch.randn(b, n), torch.randn(1, 3, h, 8)
@@ -371,7 +198,7 @@ class Folded(nn.Module):
         return x.view(-1, 24) * 2
 
 
-def test_an_assumption_about_sizes_is_checked(make):
+def test_an_assumption_about_sizes_is_checked(make, same):
     model = make(Folded(), (torch.randn(8, 6),), {"x": "n:1..64,6"})
     for size in (7, 1):
         with pytest.raises(ShapeError, match=rf"traced assuming n == .*4.*n = {size}"):
@@ -380,7 +207,7 @@ def test_an_assumption_about_sizes_is_checked(make):
         same(model(x.numpy()), Folded()(x))
 
 
-def test_shape_errors_say_what_was_expected_and_what_came(make):
+def test_shape_errors_say_what_was_expected_and_what_came(make, same):
     module = initialize(nn.Linear(4, 2), 0)
     model = make(module, (torch.randn(3, 4),), {"input": "rows:2..9,4"})
     f32 = np.float32
@@ -405,7 +232,7 @@ class Pair(nn.Module):
         return x @ y
 
 
-def test_one_symbol_in_two_inputs(make):
+def test_one_symbol_in_two_inputs(make, same):
     model = make(Pair(), (torch.randn(3, 5), torch.randn(5, 2)), {"x": "n:1..9,k:1..9", "y": "k,2"})
     x, y = torch.randn(2, 7), torch.randn(7, 2)
     same(model(x.numpy(), y.numpy()), Pair()(x, y))
@@ -413,7 +240,7 @@ def test_one_symbol_in_two_inputs(make):
         model(x.numpy(), np.zeros((6, 2), np.float32))
 
 
-def test_names_of_sizes_may_be_anything(make):
+def test_names_of_sizes_may_be_anything(make, same):
     """Names that C, the templates or the kernels' loops use themselves."""
 
     class Odd(nn.Module):
@@ -450,7 +277,7 @@ class Attentions(nn.Module):
     "d, shapes, dtype",
     [(300, "2,3,n:1..9,300", torch.float32), (6, "2,3,n:1..9,d:1..20", torch.float32), (8, None, torch.float64)],
 )
-def test_attention_over_any_heads(make, d, shapes, dtype):
+def test_attention_over_any_heads(make, same, d, shapes, dtype):
     """Heads that no attention kernel takes: too long, of a length that varies, in float64."""
     shapes = shapes and {"q": shapes, "k": shapes, "v": shapes}
     model = make(Attentions(), [torch.randn(2, 3, 5, d, dtype=dtype) for _ in range(3)], shapes)
@@ -485,11 +312,15 @@ class Mixed(nn.Module):
         return y, y > 1, y.sum(-1), y.amax(0), (y * 2).to(torch.int32), i.sum(), mask.any(-1), y.softmax(-1), y.float()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("integers", [torch.int64, torch.int32, torch.uint8, torch.int8, torch.int16], ids=str)
+DTYPES = [
+    *((dtype, torch.int64) for dtype in (torch.float64, torch.float16, torch.bfloat16)),
+    *((torch.float32, integers) for integers in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)),
+    (torch.bfloat16, torch.uint8),
+]
+
+
+@pytest.mark.parametrize(("dtype", "integers"), DTYPES, ids=str)
 def test_dtypes(make, dtype, integers):
-    if dtype != torch.float32 and integers not in (torch.int64, torch.uint8):
-        pytest.skip("one of the two is as usual")
     model = make(
         Mixed(dtype), (torch.randn(4, 5).to(dtype), torch.randint(0, 9, (5,)).to(integers), torch.rand(4, 5) > 0.5)
     )
@@ -498,8 +329,6 @@ def test_dtypes(make, dtype, integers):
         torch.randint(0, 100, (5,)).to(integers),
         torch.rand(4, 5) > 0.5,
     )
-    import ml_dtypes
-
     given = x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if dtype == torch.bfloat16 else x.numpy()
     got, want = model(given, i.numpy(), mask.numpy()), Mixed(dtype)(x, i, mask)
     rounding = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
@@ -511,7 +340,7 @@ def test_dtypes(make, dtype, integers):
         )
 
 
-def test_extrema_of_small_integers(make):
+def test_extrema_of_small_integers(make, same):
     class Extrema(nn.Module):
         def forward(self, x):
             return x.amax(-1), x.amin(0), x.argmax(-1), x.min(1)[0]
@@ -524,22 +353,3 @@ def test_extrema_of_small_integers(make):
     ):
         x = torch.randint(low, high, (3, 7), dtype=dtype)
         same(make(Extrema(), (x,))(x.numpy()), Extrema()(x))
-
-
-# -- the plan ----------------------------------------------------------------------------------------------------------
-
-
-def test_equal_weights_are_stored_once(make):
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Linear(64, 64)
-            self.second = nn.Linear(64, 64)
-            self.second.weight = self.first.weight
-
-        def forward(self, x):
-            return self.second(self.first(x).relu())
-
-    model = make(initialize(Twice(), 0), (torch.randn(2, 64),))
-    plan = json.loads((model.artifact.path / "plan" / "main.json").read_text())
-    assert sum(constant["bytes"] for constant in plan["constants"]) < 1.5 * 64 * 64 * 4

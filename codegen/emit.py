@@ -13,7 +13,7 @@ The order of a reduction is a property of the code alone: neither the batch nor 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..runtime import sizes
@@ -22,6 +22,8 @@ from . import dialect_c
 from .expr import Builder, Call, Const, Dynamic, Expr, Index, Load, Reduce, Scalar, children, walk
 
 SIMD = "#pragma omp simd"
+LONG_SUM = 1 << 15  # terms from which a sum is taken in parts
+PART = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,24 @@ class RowCache:
 class Emitter:
     """State shared by the scopes of one kernel."""
 
-    def __init__(self, builder: Builder, dtypes: dict[str, str], lanes: Lanes | None = None) -> None:
+    def __init__(
+        self,
+        builder: Builder,
+        dtypes: dict[str, str],
+        lanes: Lanes | None = None,
+        ranges: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
         self.builder = builder
+        self.ranges = ranges or {}
         self.dtypes = dtypes  # storage dtype of each buffer parameter
         self.lanes = lanes
         self.cache: RowCache | None = None
         self._count = 0
+
+    def most(self, expr: Reduce) -> int:
+        """The largest number of values that a reduction takes in; 0 where it is not known."""
+        count = sizes.product(extent for _, extent in expr.loops)
+        return sizes.bounds(count, self.ranges)[1] if sizes.symbols_of(count) <= set(self.ranges) else 0
 
     def fresh(self, prefix: str) -> str:
         """A name that no statement of the kernel uses yet."""
@@ -191,6 +205,9 @@ class Scope:
         self._reductions_first(expr.body, [name for name, _ in expr.loops])
         reduction = dialect_c.reduction(expr.op, expr.body.dtype, self.emitter.fresh("r"))
         self.lines.extend(reduction.declare)
+        if expr.op == "sum" and expr.dtype.startswith("float") and self.emitter.most(expr) > LONG_SUM:
+            self._sum_in_parts(expr, reduction.result)
+            return reduction.result
         scopes = self._nest(expr)
         inner = scopes[-1]
         inner.lines.extend(reduction.update(inner.value(expr.body), _position(expr)))
@@ -199,6 +216,25 @@ class Scope:
         simd = f"{SIMD} {reduction.clause}" if reduction.clause and innermost else ""
         self._close_nest(expr, scopes, simd)
         return reduction.result
+
+    def _sum_in_parts(self, expr: Reduce, total: str) -> None:
+        """A long sum as a sum of shorter ones, so that the total does not swallow the digits of its terms."""
+        variable, extent = expr.loops[-1][0], dialect_c.size(expr.loops[-1][1])
+        scopes = self._nest(expr)[:-1]
+        chunk = scopes[-1].child()
+        inner = chunk.child(variable)
+        part = dialect_c.reduction("sum", expr.body.dtype, self.emitter.fresh("s"))
+        chunk.lines.extend(part.declare)
+        inner.lines.extend(part.update(inner.value(expr.body), _position(expr)))
+        innermost = not any(line.lstrip().startswith("for ") for line in inner.lines)
+        start = f"{variable}_from"
+        end = f"tw_min_i64({extent}, {start} + {PART})"
+        head = f"for (int64_t {variable} = {start}; {variable} < {end}; {variable}++)"
+        chunk.close(inner, head, simd=f"{SIMD} {part.clause}" if innermost else "")
+        chunk.lines.append(f"{total} += {part.result};")
+        scopes[-1].close(chunk, f"for (int64_t {start} = 0; {start} < {extent}; {start} += {PART})")
+        for depth in range(len(scopes) - 2, -1, -1):
+            scopes[depth].loop(scopes[depth + 1], *expr.loops[depth])
 
     def _reduce_lanes(self, expr: Reduce, lanes: Lanes) -> str:
         reduction = dialect_c.reduction(

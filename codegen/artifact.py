@@ -89,6 +89,7 @@ def write_artifact(
     targets: Sequence[TargetBinaries],
     info: Mapping[str, Any],
     progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write an artifact; the same arguments give the same bytes.
 
@@ -102,6 +103,7 @@ def write_artifact(
         targets: in order of preference.
         info: anything JSON-able that ``inspect`` shows: source, options, memory, provenance.
         progress: called with (bytes written, bytes in all) of the weights.
+        check: called with the complete directory before it takes its place; if it raises, nothing is left.
 
     Returns:
         The directory.
@@ -135,6 +137,8 @@ def write_artifact(
         content = manifests.dump(manifest)
         manifests.parse(content, manifests.FILE_NAME)
         _write(folder, manifests.FILE_NAME, (content,))
+        if check is not None:
+            check(folder)
     return output
 
 

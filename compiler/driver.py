@@ -32,7 +32,7 @@ from .options import CompileOptions, Entry
 from .samples import sample_sizes
 from .sources import open_source
 from .support import Unsupported, find_unsupported, require_supported
-from .verification import OutputError, reference_of, require_equal, verify_outputs
+from .verification import OutputError, first_divergence, reference_of, require_equal, verify_outputs
 
 Progress = Callable[[str, str], None]  # (phase, what it is at)
 
@@ -135,13 +135,14 @@ class Compilation:
             generated = generate(programs)
         with self._phase("kernels") as detail:
             binaries = build_kernels(generated, chosen, compiler, user_cache(), detail)
+        errors: list[OutputError] = []
         with self._phase("write") as detail:
             info = self._info(source, programs, generated.plans, records)
             path = write_artifact(
                 output, plans=generated.plans, constants=generated.constants, targets=binaries, info=info,
                 progress=lambda done, total: detail(f"{done >> 20} of {total >> 20} MiB"),
+                check=lambda folder: errors.extend(self.verify(folder, references, programs)),
             )  # fmt: skip
-        errors = self.verify(path, references) if references else []
         return Artifact(path, self.seconds, records, errors)
 
     def capture(
@@ -175,20 +176,23 @@ class Compilation:
             generate(programs)
         return found
 
-    def verify(self, path: Path, references: Sequence[Program]) -> list[OutputError]:
-        """The artifact against eager PyTorch.
+    def verify(self, path: Path, references: Sequence[Program], lowered: Sequence[Program]) -> list[OutputError]:
+        """The artifact against eager PyTorch, before it takes its place; nothing where verification is off.
 
         Raises:
-            NumericsError: lists the outputs beyond their tolerance.
+            NumericsError: lists the outputs beyond their tolerance, and what goes wrong first.
         """
+        errors: list[OutputError] = []
+        if not references:
+            return errors
         with self._phase("verify") as detail, load(path) as model:
-            errors = []
-            for reference in references:
+            for reference, program in zip(references, lowered, strict=True):
                 detail(reference.name)
-                errors += verify_outputs(model.entry(reference.name), reference)
-        require_equal(
-            errors, "Compile with --verify passes to find the pass, or run tilewright verify --kernels for the kernel."
-        )
+                entry = model.entry(reference.name)
+                found = verify_outputs(entry, reference)
+                wrong = next((error for error in found if not error.ok), None)
+                require_equal(found, first_divergence(entry, program, reference, wrong.sizes) if wrong else "")
+                errors += found
         return errors
 
     def _check_options(self) -> None:
@@ -226,12 +230,15 @@ class Compilation:
 
     @contextmanager
     def _phase(self, name: str) -> Any:
+        """Time of a phase, without that of the phases inside it."""
         self._progress(name, "")
-        start = time.perf_counter()
+        self.seconds.setdefault(name, 0.0)
+        start, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield lambda detail: self._progress(name, str(detail))
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            inside = sum(self.seconds.values()) - before
+            self.seconds[name] += time.perf_counter() - start - inside
 
 
 def _source_name(source: Any) -> str:

@@ -64,4 +64,5 @@ def require_supported(programs: Sequence[Program], roles: Roles) -> None:
 def _is_plain(node: fx.Node) -> bool:
     if node.op in ("placeholder", "get_attr", "output") or is_region(node) or is_size(node):
         return True
-    return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and is_region(node.args[0])
+    # Results of an operator that computes several are no operators of their own.
+    return node.target is operator.getitem

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..passes.base import Report
 from ..passes.graph.program import Program
 from ..passes.graph.regions import is_region
 from ..passes.verify import TOLERANCES, error_of, tolerances_of
+from ..passes.verify import compare as compare_outputs
 from ..passes.widen_floats import WidenFloats
 from ..runtime.entry import Entry
 from ..runtime.errors import NumericsError
@@ -169,6 +170,34 @@ def verify_kernels(entry: Entry, lowered: Program) -> list[KernelError]:
 
     entry.trace(compare, *lowered.sample)
     return found
+
+
+def first_divergence(entry: Entry, lowered: Program, reference: Program, sizes: Mapping[str, int]) -> str:
+    """Where outputs that are wrong at some sizes first go wrong, in words: a kernel, or the passes before all kernels.
+
+    Args:
+        entry: of the loaded artifact.
+        lowered: the program after all passes, whose regions are the artifact's steps.
+        reference: the program before any pass.
+        sizes: an assignment of the symbols at which an output is beyond its tolerance.
+    """
+    program = replace(lowered, sample=make_inputs(reference, sizes))
+    kernel = next((error for error in verify_kernels(entry, program) if not error.ok), None)
+    if kernel is not None:
+        origin = entry.plan.steps[kernel.step].origin
+        where = " ".join(
+            part for part in (origin.module and f"in {origin.module}", origin.source and f"at {origin.source}") if part
+        )
+        return (
+            f"The first kernel that diverges is {kernel.kernel} (step {kernel.step}, node {kernel.node}"
+            f"{', ' + where if where else ''}): error {kernel.error:.2e}, tolerance {kernel.tolerance:.0e}. "
+            "Compile with --verify off to get the artifact and look at it with tilewright verify --kernels."
+        )
+    limits = tolerances_of(reference)
+    errors = compare_outputs(reference.run(program.sample), lowered.run(program.sample))
+    if any(not error <= limit for error, limit in zip(errors, limits, strict=True)):
+        return "A pass changed the model: compile with --verify passes to find it."
+    return "No kernel and no pass diverges by itself: the errors of several add up beyond the tolerance."
 
 
 def _written_name(plan: Plan, ref: Ref) -> str:

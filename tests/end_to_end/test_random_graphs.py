@@ -353,6 +353,8 @@ def _slice(m: Maker) -> bool:
             return m.add(f"flip(v{i}, {axis})", dims, lambda v: v[i].flip(axis))
         return m.add(f"slice(v{i}, {axis}, 1)", rest((S - 1,)), lambda v: v[i].narrow(axis, 1, v[i].shape[axis] - 1))
     size = dims[axis]
+    if size < 1:
+        return False
     start, step = m.rng.randrange(size), m.rng.choice((1, 1, 2))
     end = m.rng.randrange(start, size) + 1
     index = (*(slice(None) for _ in range(axis)), slice(start, end, step))

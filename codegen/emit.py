@@ -14,7 +14,7 @@ The order of a reduction is a property of the code alone: neither the batch nor 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..runtime import sizes
 from ..runtime.sizes import Size
@@ -244,12 +244,26 @@ class Scope:
         start = self.child(lanes.variable)
         start.lines.extend(reduction.initialise)
         self.close(start, count_loop(lanes.variable, lanes.count), simd=SIMD)
+        expr, inside = self._as_far_as_the_last_lane(expr, lanes)
         scopes = self._nest(expr)
         inner = scopes[-1].child(lanes.variable)
-        inner.lines.extend(reduction.update(inner.value(expr.body), _position(expr)))
+        value = inner.value(expr.body)
+        inner.lines.extend(reduction.update(f"({inside} ? {value} : 0)" if inside else value, _position(expr)))
         scopes[-1].close(inner, count_loop(lanes.variable, lanes.count), simd=SIMD)
         self._close_nest(expr, scopes, "")
         return reduction.result
+
+    @staticmethod
+    def _as_far_as_the_last_lane(expr: Reduce, lanes: Lanes) -> tuple[Reduce, str]:
+        """A reduction whose bounds vary by lane (a cumulative sum) with the last lane's, and a lane's own condition."""
+        varying = [(name, extent) for name, extent in expr.loops if lanes.variable in sizes.symbols_of(extent)]
+        if not varying:
+            return expr, ""
+        assert expr.op == "sum", "only sums have bounds that vary"
+        last = {lanes.variable: sizes.add(int(lanes.count) if lanes.count.isdecimal() else lanes.count, -1)}
+        loops = tuple((name, sizes.substitute(extent, last)) for name, extent in expr.loops)
+        inside = " && ".join(f"{name} < {dialect_c.size(extent)}" for name, extent in varying)
+        return replace(expr, loops=loops), inside
 
     def _nest(self, expr: Reduce) -> list[Scope]:
         scopes = [self]

@@ -4,6 +4,8 @@ A program is made from a seed. A failure prints it; this repeats one seed, or ma
 
     RANDOM_GRAPHS=17 pytest tests/end_to_end/test_random_graphs.py
     RANDOM_GRAPHS=100-400 pytest tests/end_to_end/test_random_graphs.py
+
+With ``RANDOM_GRAPHS_PASSES=none`` every operator is a kernel of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from tilewright.codegen.roles import fusion_roles
 from tilewright.compiler.capture import capture
 from tilewright.passes.manager import PassManager
 from tilewright.passes.pipeline import pipeline
-from tilewright.runtime.errors import ShapeError
+from tilewright.runtime.errors import ShapeError, UsageError
 
 SEEDS, GROUP = range(24), 6
 B, S = sympy.symbols("b s", integer=True, positive=True)
@@ -537,8 +539,11 @@ def test_random_graphs(seeds, build, isolate):
             else:
                 PassManager(pipeline(fusion_roles())).run(program)
             programs.append(program)
+        except UsageError:
+            continue  # the exporter does not take all declared sizes, and the error says so
         except Exception as error:  # noqa: BLE001 - every seed has its turn
             failures.append(report(seed, module, f"{type(error).__name__}: {error}"))
+    assert len(programs) + len(failures) > len(seeds) // 2 or len(seeds) == 1
     try:
         model = build(programs)
     except Exception as error:

@@ -46,10 +46,12 @@ def test_no_data_races(tmp_path, threads):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_no_undefined_behaviour(tmp_path):
+# A child of a process with threads may inherit the locks of gcc's address sanitizer held, and wait for them for ever.
+@pytest.mark.parametrize("flags", [("-fsanitize=address,undefined", "-DNO_FORK"), ("-fsanitize=undefined",)])
+def test_no_undefined_behaviour(tmp_path, flags):
     if not shutil.which("gcc"):
         pytest.skip("needs gcc's sanitizers")
-    program = build(tmp_path, ("gcc",), "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    program = build(tmp_path, ("gcc",), "-O1", "-g", *flags, "-fno-sanitize-recover=all")
     done = subprocess.run([program, "check", "3", "1000"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -30,7 +30,7 @@ from tilewright.passes.manager import PassManager
 from tilewright.passes.pipeline import pipeline
 from tilewright.runtime.errors import ShapeError, UsageError
 
-SEEDS, GROUP = range(24), 6
+SEEDS, GROUP = range(18), 6
 B, S = sympy.symbols("b s", integer=True, positive=True)
 SIZES = ({"b": 3, "s": 6}, {"b": 1, "s": 1}, {"b": 5, "s": 33})
 SHAPES = {"x": "b:1..8,s:1..64,24", "image": "b,20,9,11", "ids": "b,s"}

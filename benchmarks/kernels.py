@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tilewright.codegen import packing
+from tilewright.codegen.c import packing
+from tilewright.codegen.c.toolchain import Source, compile_objects, find_compiler, link_shared
 from tilewright.codegen.targets import parse
 from tilewright.codegen.templating import Hole, render
-from tilewright.codegen.toolchain import Source, compile_objects, find_compiler, link_shared
 from tilewright.runtime.cpu import features
 
 POINTERS = "const float *restrict x = buf[0]; const float *restrict w = buf[1]; float *restrict y = buf[2];"

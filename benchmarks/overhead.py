@@ -17,8 +17,8 @@ from statistics import median
 import numpy as np
 
 import tilewright
-from tilewright.codegen import toolchain
 from tilewright.codegen.artifact import TargetBinaries, weights_id, write_artifact
+from tilewright.codegen.c import toolchain
 from tilewright.runtime.plan import Plan, Port, Ref, Step, Symbol, Variant
 
 SOURCES = Path(toolchain.__file__).parent / "templates" / "c"

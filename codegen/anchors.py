@@ -1,21 +1,18 @@
-"""What the template families share: an anchor operator, what comes before and after it, and filling holes."""
+"""What the template families of all dialects share: an anchor operator, what comes before it and what comes after."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import fx
 
 from ..runtime import sizes
 from ..runtime.errors import CompileError
 from ..runtime.sizes import Size
-from . import dialect_c
-from .emit import Emitter, Scope
 from .expr import Expr, Load, coefficient
 from .interpret import Env, interpret, result_values
-from .kernel import NAME, KernelCode, Parameter, prelude
+from .kernel import Parameter
 from .regions import Frame, Task, region_of
-from .templating import Hole, render
 from .values import Kernel, Value
 
 
@@ -40,13 +37,11 @@ class Anchored:
         """Logical shape of the anchor's result."""
         return self.region.shape(self.anchor)
 
-    def epilogue(self, index: tuple[Size, ...], outer: Sequence[str], inner: str, acc: Callable[[Expr], Expr]) -> Hole:
-        """The stores of the results, given the accumulator at a logical index of the anchor's result.
+    def stores(self, index: tuple[Size, ...], acc: Callable[[Expr], Expr]) -> list[tuple[Parameter, Size, Expr]]:
+        """(parameter, offset, value) of every result, given the accumulator ``acc`` at an index of the anchor's result.
 
         Args:
             index: in terms of the template's variables.
-            outer: the template's variables outside the vector loop.
-            inner: the vector loop's variable.
             acc: from the raw accumulator to the anchor's value (adds the bias).
         """
         builder = self.kernel.builder
@@ -64,51 +59,21 @@ class Anchored:
         for parameter, value in zip(self.frame.results(), values, strict=True):
             offset = self.kernel.offset(parameter.shape, parameter.layout, index)
             stores.append((parameter, offset, builder.cast(value.at(index), parameter.dtype)))
-        outside, inside = self.scopes(outer, inner)
-        for parameter, offset, root in stores:
-            inside.store(parameter.name, offset, root)
-        return Hole("\n".join(outside.lines), "\n".join(inside.lines))
+        return stores
 
-    def read(self, value: Value, index: tuple[Size, ...], outer: Sequence[str], inner: str, name: str) -> Hole:
-        """A hole that defines ``const float <name>`` as one element of an operand."""
-        outside, inside = self.scopes(outer, inner)
-        text = inside.value(self.kernel.builder.cast(value.at(index), "float32"))
-        inside.lines.append(f"const float {name} = {text};")
-        return Hole("\n".join(outside.lines), "\n".join(inside.lines))
+    def storage_dtypes(self) -> dict[str, str]:
+        """Storage dtype of every buffer parameter."""
+        return dict(self.kernel.storage) | {item.name: item.dtype for item in self.frame.results()}
 
-    def scopes(self, outer: Sequence[str], inner: str) -> tuple[Scope, Scope]:
-        """Fresh scopes for one hole: its row part and its element part."""
-        dtypes = dict(self.kernel.storage)
-        dtypes.update({parameter.name: parameter.dtype for parameter in self.frame.results()})
-        outside = Scope(Emitter(self.kernel.builder, dtypes), None, outer)
-        return outside, outside.child(inner, "acc")
-
-    def code(self, template: str, *, family: str, units: Size, flops: Size, **context: object) -> KernelCode:
-        """Render the template into a kernel."""
+    def symbols(self, *more: Size) -> tuple[str, ...]:
+        """The call's sizes that the kernel needs: those of its parameters, its operands' shapes and ``more``."""
         ranges = self.task.symbols.ranges
         shapes = [extent for parameter in self.frame.parameters for extent in parameter.shape]
-        used = set().union(*map(sizes.symbols_of, [*shapes, units, flops, *self.shape()]))
-        used |= {name for name in self._index_symbols() if name in ranges}
-        symbols = tuple(name for name in ranges if name in used)
-        lines = "\n".join([*prelude(self.frame.parameters, symbols), *(f"(void){name};" for name in symbols)])
-        source = '#include "tw_math.h"\n' + render(template, name=NAME, prelude=lines, **context)
-        return KernelCode(
-            family=family,
-            label=self.task.label(),
-            source=source,
-            symbols=symbols,
-            units=units,
-            flops=flops,
-            bytes=sizes.add(*(parameter.bytes() for parameter in self.frame.parameters)),
-            parameters=self.frame.parameters,
-        )
-
-    def _index_symbols(self) -> set[str]:
-        names: set[str] = set()
+        used = set().union(*map(sizes.symbols_of, [*shapes, *more, *self.shape()]))
         for value in self.env.values():
             if isinstance(value, Value):
-                names |= {name for extent in value.shape for name in sizes.symbols_of(extent)}
-        return names
+                used |= {name for extent in value.shape for name in sizes.symbols_of(extent)}
+        return tuple(name for name in ranges if name in used)
 
 
 def affine_rows(expr: Expr, row: str, column: str) -> tuple[str, Size, Size] | None:
@@ -129,11 +94,6 @@ def find_anchor(task: Task, targets: frozenset[object]) -> fx.Node:
     if len(found) != 1:
         raise CompileError(f"a region needs exactly one anchor, {task.node} has {len(found)}")
     return found[0]
-
-
-def c_size(size: Size) -> int | str:
-    """A size for a template: an int, or C text in parentheses."""
-    return size if isinstance(size, int) else f"({dialect_c.size(size)})"
 
 
 def _upstream(node: fx.Node) -> set[fx.Node]:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from ..passes.graph.program import Program
 from ..runtime.plan import Constant, Plan
 from .artifact import ConstantData, TargetBinaries, layout_constants, weights_id
-from .c_backend import Weights, build
+from .c.backend import Weights, build
+from .c.families import FAMILIES
+from .c.toolchain import Compiler
 from .cache import Cache
 from .lower import KernelSource, KernelTable, Lowered, lower
 from .storage import ConstantTable
 from .targets import Target
-from .toolchain import Compiler
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Generated:
 def generate(programs: Sequence[Program]) -> Generated:
     """Lower entry points that share weights and kernels."""
     kernels, table = KernelTable(), ConstantTable()
-    lowered: list[Lowered] = [lower(program, kernels, table) for program in programs]
+    lowered: list[Lowered] = [lower(program, kernels, table, FAMILIES) for program in programs]
     data = [ConstantData(item.key, item.dtype, item.shape, item.load) for item in table.constants]
     places = layout_constants(data)
     constants = [

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..runtime import sizes
+from ..runtime.plan import Tile
+from ..runtime.plan_check import ITEM_BYTES
 from ..runtime.sizes import Size
-from . import dialect_c
 from .values import LANES
 
 NAME = "@kernel@"  # stands for the function's name until it is known that no equal kernel exists
@@ -29,7 +30,7 @@ class Parameter:
 
     def bytes(self) -> Size:
         """Bytes stored."""
-        return sizes.mul(self.elements(), dialect_c.BYTES[self.dtype])
+        return sizes.mul(self.elements(), ITEM_BYTES[self.dtype])
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,12 @@ class KernelCode:
         label: words for the name: what it computes.
         source: the C text; the function is called :data:`NAME`.
         symbols: the call's sizes, in the order of ``dim[]``.
-        units: number of independent units of work.
+        units: number of independent units of work; on a GPU, programs of the grid, in which constants of the tiles may
+            stand for themselves.
         flops: arithmetic operations; ``bytes``: compulsory traffic.
+        parameters: the buffers.
+        tiles: of a GPU kernel, the binaries to build, the default one first.
+        signature: of a GPU kernel, the type of every argument: ``"*fp32"``, ``"*i64"``, ``"i32"``...
     """
 
     family: str
@@ -53,6 +58,8 @@ class KernelCode:
     flops: Size
     bytes: Size
     parameters: tuple[Parameter, ...] = field(default=())
+    tiles: tuple[Tile, ...] = ()
+    signature: tuple[str, ...] = ()
 
 
 def elements(shape: Sequence[Size], layout: str) -> Size:
@@ -60,31 +67,3 @@ def elements(shape: Sequence[Size], layout: str) -> Size:
     if layout == "channels16":
         return sizes.mul(shape[0], sizes.align(shape[1], LANES), *shape[2:])
     return sizes.product(shape)
-
-
-def prelude(parameters: Sequence[Parameter], symbols: Sequence[str]) -> list[str]:
-    """Declarations that unpack ``buf[]`` and ``dim[]`` into named pointers and sizes."""
-    lines = []
-    for position, parameter in enumerate(parameters):
-        const = "" if parameter.written else "const "
-        kind = dialect_c.STORAGE[parameter.dtype]
-        lines.append(f"{const}{kind} *restrict {parameter.name} = buf[{position}];")
-    lines.extend(f"const int64_t {name} = dim[{position}];" for position, name in enumerate(symbols))
-    return lines
-
-
-def frame(body: Sequence[str], parameters: Sequence[Parameter], symbols: Sequence[str]) -> str:
-    """The whole source file of a kernel that needs no template."""
-    lines = [
-        '#include "tw_math.h"',
-        "",
-        f"void {NAME}(void *const *restrict buf, const int64_t *restrict dim, int64_t begin, int64_t end,",
-        "    int32_t *restrict fault) {",
-        *(f"    {line}" for line in prelude(parameters, symbols)),
-        "    (void)dim;",
-        "    (void)fault;",
-        *(f"    {line}" for line in body),
-        "}",
-        "",
-    ]
-    return "\n".join(lines)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,16 +30,16 @@ from ..runtime.plan import (
     StateBuffer,
     Step,
     Symbol,
+    Tile,
     Variant,
 )  # fmt: skip
+from ..runtime.plan_check import ITEM_BYTES
 from ..runtime.sizes import Size
-from . import dialect_c
-from .families import FAMILIES
 from .interpret import is_size
 from .kernel import NAME, KernelCode, elements
 from .memory import plan_memory
 from .provenance import origin_of
-from .regions import Made, Task
+from .regions import Family, Made, Task
 from .storage import ConstantTable, Recipe, Storage, is_constant, recipe_of
 from .symbols import PREFIX, SymbolTable
 from .values import dtype_name
@@ -52,6 +52,8 @@ class KernelSource:
     name: str
     family: str
     text: str
+    tiles: tuple[Tile, ...] = ()
+    signature: tuple[str, ...] = ()
 
 
 @dataclass
@@ -59,12 +61,13 @@ class KernelTable:
     """All kernels of an artifact: equal sources are one kernel, whose name spells out its specialisation."""
 
     kernels: list[KernelSource] = field(default_factory=list)
-    _by_text: dict[str, str] = field(default_factory=dict)
+    _known: dict[object, str] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set)
 
     def add(self, code: KernelCode) -> str:
         """The kernel's name, after adding it if its source is new."""
-        known = self._by_text.get(code.source)
+        identity = (code.source, code.tiles, code.signature)
+        known = self._known.get(identity)
         if known is not None:
             return known
         shape = max((parameter.shape for parameter in code.parameters if parameter.written), key=len, default=())
@@ -75,8 +78,9 @@ class KernelTable:
             count += 1
             name = f"{base}_v{count}"
         self._names.add(name)
-        self._by_text[code.source] = name
-        self.kernels.append(KernelSource(name, code.family, code.source.replace(NAME, name)))
+        self._known[identity] = name
+        source = code.source.replace(NAME, name)
+        self.kernels.append(KernelSource(name, code.family, source, code.tiles, code.signature))
         return name
 
 
@@ -102,15 +106,21 @@ class Lowered:
         )  # fmt: skip
 
 
-def lower(program: Program, kernels: KernelTable, constants: ConstantTable) -> Lowered:
+def lower(program: Program, kernels: KernelTable, constants: ConstantTable, families: Mapping[str, Family]) -> Lowered:
     """Lower one entry point.
+
+    Args:
+        program: of regions.
+        kernels: where the kernels go.
+        constants: where the constants go.
+        families: the kernel families of the dialect to lower to, by the names that regions have.
 
     Raises:
         UnsupportedOperator: nodes outside regions remain; lists all of them.
         CompileError: a size or a value cannot be expressed.
     """
     before = _assumptions(program)
-    lowered = _Lowering(program, kernels, constants).run()
+    lowered = _Lowering(program, kernels, constants, families).run()
     if len(_assumptions(program)) > len(before):
         raise CompileError(
             f"lowering {program.name} took a size that varies for a number: {_assumptions(program)[len(before)]}; "
@@ -129,8 +139,11 @@ def _assumptions(program: Program) -> list[Any]:
 
 
 class _Lowering:
-    def __init__(self, program: Program, kernels: KernelTable, constants: ConstantTable) -> None:
+    def __init__(
+        self, program: Program, kernels: KernelTable, constants: ConstantTable, families: Mapping[str, Family]
+    ) -> None:
         self.program = program
+        self.families = families
         self.kernels = kernels
         self.constants = constants
         self.symbols = SymbolTable(program)
@@ -203,7 +216,7 @@ class _Lowering:
         task = Task(node, nested, operands, results, self.symbols, self.constants)
         family = node.meta["region"].family
         try:
-            made = FAMILIES[family](task)
+            made = self.families[family](task)
         except CompileError as error:
             raise type(error)(f"{origin_of(node).source or node.name}: {error}") from error
         self.steps.append((family, made, origin_of(node), len(results)))
@@ -268,7 +281,7 @@ class _Lowering:
         graph.output(copy)
         nested = fx.GraphModule(torch.nn.Module(), graph)
         task = Task(node, nested, [origin], [target], self.symbols, self.constants)
-        self.steps.append(("loop", FAMILIES["loop"](task), origin_of(node), 1))
+        self.steps.append(("loop", self.families["loop"](task), origin_of(node), 1))
 
     # -- the plan ------------------------------------------------------------------------------------------------------
 
@@ -306,7 +319,7 @@ class _Lowering:
         buffers = []
         for index, (storage, first, last) in enumerate(lives.values()):
             storage.index = index
-            size = sizes.mul(elements(storage.shape, storage.layout), dialect_c.BYTES[storage.dtype])
+            size = sizes.mul(elements(storage.shape, storage.layout), ITEM_BYTES[storage.dtype])
             shape = self._shape(storage)
             buffers.append(
                 Buffer(storage.name, storage.dtype, shape, storage.layout, self.symbols.public(size), first, last)
@@ -325,7 +338,8 @@ class _Lowering:
             name = self.kernels.add(code)
             operands = tuple(Ref(storage.kind, storage.index) for storage in item.storages)  # type: ignore[arg-type]
             work = (public(code.units), public(item.guard), public(code.flops), public(code.bytes))
-            variants.append(Variant(name, operands, tuple(map(public, code.symbols)), *work))
+            tiles = tuple(replace(tile, guard=public(tile.guard)) for tile in code.tiles)
+            variants.append(Variant(name, operands, tuple(map(public, code.symbols)), *work, tiles=tiles))
         count = len(made[-1].storages)
         return Step(name, family, tuple(variants), tuple(range(count - results, count)), origin)
 
@@ -374,7 +388,7 @@ class _Lowering:
 
     def _state(self, state: Any, storage: Storage) -> StateBuffer:
         shape = tuple(extent for extent in storage.shape if isinstance(extent, int))
-        size = sizes.evaluate(sizes.product(shape), {}) * dialect_c.BYTES[storage.dtype]
+        size = sizes.evaluate(sizes.product(shape), {}) * ITEM_BYTES[storage.dtype]
         initial = ""
         if bool(torch.any(state.initial != 0)):
             tensor = state.initial

@@ -1,10 +1,9 @@
-"""From a region to kernels: what every kernel family is given, and the families themselves by name."""
+"""From a region to kernels: what every kernel family of every dialect is given, and what it gives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
@@ -12,11 +11,18 @@ from ..runtime.errors import CompileError
 from ..runtime.sizes import Size
 from .interpret import Env, interpret, result_values
 from .kernel import KernelCode, Parameter
-from .loops import Output, build_loop
 from .registry import Region
 from .storage import ConstantTable, Packing, Storage, unique
 from .symbols import SymbolTable
 from .values import Kernel, Value
+
+
+@dataclass(frozen=True)
+class Output:
+    """A result of a loop kernel: the parameter it is stored to and its value."""
+
+    parameter: Parameter
+    value: Value
 
 
 @dataclass
@@ -125,8 +131,20 @@ def region_of(task: Task, kernel: Kernel) -> Region:
     return Region(kernel, task.symbols)
 
 
-def loop_family(task: Task) -> Sequence[Made]:
-    """Everything that is an index function of its operands."""
+@dataclass(frozen=True)
+class LoopRegion:
+    """A region that is an index function of its operands, ready to be built as often as a form of kernel needs it."""
+
+    frame: Frame
+    make: Callable[[Kernel], tuple[Sequence[Parameter], Sequence[Output]]]
+
+
+def loop_region(task: Task) -> LoopRegion:
+    """What the loop families of all dialects start from.
+
+    Raises:
+        CompileError: the results have different shapes.
+    """
     if any(result.shape != task.results[0].shape for result in task.results):
         shapes = ", ".join(str(result.shape) for result in task.results)
         raise CompileError(f"{task.node}: the results of one loop kernel must have one shape, not {shapes}")
@@ -134,7 +152,7 @@ def loop_family(task: Task) -> Sequence[Made]:
     unread = [node for node in task.placeholders() if node not in used]
     frame = Frame(task, skip=unread)
 
-    def make(kernel: Kernel) -> Any:
+    def make(kernel: Kernel) -> tuple[Sequence[Parameter], Sequence[Output]]:
         env = frame.env(kernel)
         for node in unread:
             if (storage := task.storage_of(node)) is not None:
@@ -144,8 +162,7 @@ def loop_family(task: Task) -> Sequence[Made]:
         outputs = [Output(parameter, value) for parameter, value in zip(frame.results(), values, strict=True)]
         return frame.parameters, outputs
 
-    variants = build_loop(make, task.symbols.ranges, task.label())
-    return [Made(code, frame.storages, guard) for guard, code in variants]
+    return LoopRegion(frame, make)
 
 
 def _used_placeholders(task: Task) -> set[fx.Node]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..passes.graph import ops as tilewright_ops  # noqa: F401 - registers our operators
 from ..passes.graph.roles import Anchor, Roles
-from . import attention, convolution, matmul
+from .c import attention, convolution, matmul
 from .registry import all_lowerings
 from .values import LANES
 

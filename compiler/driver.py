@@ -16,11 +16,11 @@ import torch
 
 from ..codegen import targets
 from ..codegen.artifact import check_output, write_artifact
+from ..codegen.c.toolchain import find_compiler
 from ..codegen.cache import user_cache
 from ..codegen.generate import build_kernels, generate
 from ..codegen.memory import measure
 from ..codegen.roles import fusion_roles
-from ..codegen.toolchain import find_compiler
 from ..passes.graph.program import Program
 from ..passes.manager import PassManager, PassRecord
 from ..passes.pipeline import pipeline

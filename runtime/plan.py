@@ -18,7 +18,7 @@ from . import plan_check, sizes, typed_json
 from .errors import ArtifactError
 from .sizes import Size
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 DTYPES = tuple(plan_check.ITEM_BYTES)
 
@@ -103,12 +103,53 @@ class Buffer:
     below: tuple[int, ...] = ()
 
 
+COUNTERS = 4096
+"""Zeros (int32) that GPU kernels may count in while they run; each leaves them zero."""
+
+
 @dataclass(frozen=True)
 class Ref:
-    """Operand of a kernel: the ``index``-th input, output, state, constant or buffer."""
+    """Operand of a kernel: the ``index``-th input, output, state, constant or buffer.
 
-    kind: Literal["input", "output", "state", "constant", "buffer"]
+    GPU kernels have two more kinds. ``fault`` is one int32 per step, here the step ``index``'s own, that the kernel
+    sets to 1 when an index that it loaded is out of range. ``counters`` (index 0) are :data:`COUNTERS` zeros.
+    """
+
+    kind: Literal["input", "output", "state", "constant", "buffer", "fault", "counters"]
     index: int
+
+
+@dataclass(frozen=True)
+class TileConstant:
+    """A constant compiled into one binary of a GPU kernel, such as ``BLOCK_M = 128``."""
+
+    name: str
+    value: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One binary of a GPU kernel: how it cuts its work.
+
+    Attributes:
+        name: unique within the kernel, part of the binary's file name, such as ``"128x64x32w4s3"``.
+        constants: compiled in; ``units`` of the variant may name them.
+        warps: per program.
+        stages: of the software pipeline.
+        guard: sizes at which it may be used (non-zero).
+        architectures: those that it is built for, such as ``("sm_90",)``; empty for all.
+    """
+
+    name: str
+    constants: tuple[TileConstant, ...]
+    warps: int
+    stages: int
+    guard: Size = 1
+    architectures: tuple[str, ...] = ()
+
+    def values(self) -> dict[str, int]:
+        """The constants by name."""
+        return {constant.name: constant.value for constant in self.constants}
 
 
 @dataclass(frozen=True)
@@ -116,7 +157,8 @@ class Variant:
     """One way to run a step: taken when ``guard`` is non-zero (the last variant's guard is 1).
 
     ``units`` is the number of independent units of work; ``flops`` and ``bytes`` are what the operation needs at least,
-    for rooflines.
+    for rooflines. On a GPU a unit is a program of the grid, the kernel's arguments are its operands and then its sizes,
+    and ``tiles`` are the binaries to choose from, the default one first; ``units`` then may name their constants.
     """
 
     kernel: str
@@ -126,6 +168,7 @@ class Variant:
     guard: Size = 1
     flops: Size = 0
     bytes: Size = 0
+    tiles: tuple[Tile, ...] = field(default=(), metadata={typed_json.ADDED_LATER: True})
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from . import sizes
 from .typed_json import FieldError
 
 if TYPE_CHECKING:
-    from .plan import Buffer, Plan, Port, Ref, Step
+    from .plan import Buffer, Plan, Port, Ref, Step, Variant
     from .sizes import Size
 
 ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
     "bool": 1,
 }  # fmt: skip
+_TILE_NAME = re.compile(r"[a-z0-9_]+", re.ASCII)
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
@@ -193,8 +194,9 @@ def _check_step(plan: Plan, index: int, step: Step, known: frozenset[str]) -> No
     for number, variant in enumerate(step.variants):
         where = f"{path}.variants[{number}]"
         _identifier(variant.kernel, f"{where}.kernel")
-        for name in ("units", "guard", "flops", "bytes"):
+        for name in ("guard", "flops", "bytes"):
             _check_size(getattr(variant, name), known, f"{where}.{name}")
+        _check_tiles(variant, known, where)
         for position, size in enumerate(variant.sizes):
             _check_size(size, known, f"{where}.sizes[{position}]")
         for position, ref in enumerate(variant.operands):
@@ -206,7 +208,32 @@ def _check_step(plan: Plan, index: int, step: Step, known: frozenset[str]) -> No
                 raise _fault(f"{path}.writes", f"operand {position} is read-only: {variant.operands[position].kind}")
 
 
+def _check_tiles(variant: Variant, known: frozenset[str], path: str) -> None:
+    """Names and values of the tiles, and the units, which may name constants that all tiles have."""
+    seen: set[str] = set()
+    shared: frozenset[str] | None = None
+    for number, tile in enumerate(variant.tiles):
+        where = f"{path}.tiles[{number}]"
+        if not _TILE_NAME.fullmatch(tile.name) or tile.name in seen:
+            raise _fault(f"{where}.name", f"{tile.name!r} is not a usable name, or occurs twice")
+        seen.add(tile.name)
+        for constant in tile.constants:
+            _identifier(constant.name, f"{where}.constants")
+            if constant.name in known:
+                raise _fault(f"{where}.constants", f"{constant.name!r} is the name of a symbol")
+        if tile.warps not in (1, 2, 4, 8, 16, 32) or not 1 <= tile.stages <= 16:
+            raise _fault(where, f"{tile.warps} warps and {tile.stages} stages are not possible")
+        _check_size(tile.guard, known, f"{where}.guard")
+        names = frozenset(tile.values())
+        shared = names if shared is None else shared & names
+    _check_size(variant.units, known | (shared or frozenset()), f"{path}.units")
+
+
 def _check_ref(plan: Plan, ref: Ref, step: int, path: str) -> None:
+    if ref.kind in ("fault", "counters"):
+        if ref.index != (step if ref.kind == "fault" else 0):
+            raise _fault(path, f"there is no {ref.kind} {ref.index} for this step")
+        return
     count = len(getattr(plan, f"{ref.kind}s"))
     if not 0 <= ref.index < count:
         raise _fault(path, f"there is no {ref.kind} {ref.index}")

@@ -16,6 +16,9 @@ from . import sizes
 
 Reader = Callable[[Any], Any]
 
+ADDED_LATER = "added later"
+"""Metadata of a field that files of older format versions lack; it has its default then."""
+
 
 class FieldError(ValueError):
     """A value that does not fit its field: the path to it from the outside in, and what was expected."""
@@ -106,16 +109,20 @@ def _sequence(element: Reader) -> Reader:
 def _object(kind: type) -> Reader:
     hints = typing.get_type_hints(kind)
     readers = {field.name: _reader(hints[field.name]) for field in dataclasses.fields(kind)}
+    later = {field.name for field in dataclasses.fields(kind) if field.metadata.get(ADDED_LATER)}
 
     def read_object(data: Any) -> Any:
         if not isinstance(data, dict):
             raise FieldError(f"expected an object, got {_brief(data)}")
         if data.keys() != readers.keys():
-            missing = [name for name in readers if name not in data]
+            missing = [name for name in readers if name not in data and name not in later]
             unknown = [name for name in data if name not in readers]
-            raise FieldError(f"missing field {missing[0]!r}" if missing else f"unknown field {_brief(unknown[0])}")
+            if missing or unknown:
+                raise FieldError(f"missing field {missing[0]!r}" if missing else f"unknown field {_brief(unknown[0])}")
         values = {}
         for name, reader in readers.items():
+            if name not in data:
+                continue
             try:
                 values[name] = reader(data[name])
             except FieldError as error:

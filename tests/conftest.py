@@ -14,11 +14,11 @@ import torch
 import tilewright
 from tilewright.codegen import targets
 from tilewright.codegen.artifact import write_artifact
+from tilewright.codegen.c.toolchain import find_compiler
 from tilewright.codegen.cache import user_cache
 from tilewright.codegen.generate import Generated, build_kernels, generate
 from tilewright.codegen.interpret import is_size
 from tilewright.codegen.roles import fusion_roles
-from tilewright.codegen.toolchain import find_compiler
 from tilewright.compiler.capture import capture
 from tilewright.passes.graph.program import Program
 from tilewright.passes.graph.regions import Region, outline

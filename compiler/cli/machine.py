@@ -15,8 +15,7 @@ from typing import Any
 
 from ... import __version__
 from ...codegen import targets
-from ...codegen.cache import user_cache
-from ...codegen.toolchain import (
+from ...codegen.c.toolchain import (
     HOW_TO_GET_ONE,
     Compiler,
     Source,
@@ -25,6 +24,7 @@ from ...codegen.toolchain import (
     find_compiler,
     link_shared,
 )
+from ...codegen.cache import user_cache
 from ...runtime import cpu
 from ...runtime.environment import CACHE, VARIABLES
 from ...runtime.errors import TilewrightError

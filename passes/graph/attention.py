@@ -33,7 +33,7 @@ from .query import size_at
 WHERE = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf})
 MASKED_FILL = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
 
-LONGEST_HEAD = 256  # elements that the attention kernels hold (codegen/attention_blocks.py)
+LONGEST_HEAD = 256  # elements that the attention kernels hold (codegen/c/attention_blocks.py)
 
 
 def unfit_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tilewright.codegen.attention_blocks import attention_units, block_rows
+from tilewright.codegen.c.attention_blocks import attention_units, block_rows
 from tilewright.runtime import sizes
 
 EVERY = pytest.mark.parametrize(

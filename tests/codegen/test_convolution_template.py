@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tilewright.codegen.packing import (
+from tilewright.codegen.c.packing import (
     block_channels,
     can_convolve_blocked,
     convolution_gathered_units,

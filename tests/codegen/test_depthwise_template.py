@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tilewright.codegen.packing import block_channels, can_convolve_depthwise, depthwise_units, pack_depthwise
+from tilewright.codegen.c.packing import block_channels, can_convolve_depthwise, depthwise_units, pack_depthwise
 
 POINTERS = "const float *restrict x = buf[0]; const float *restrict w = buf[1]; float *restrict y = buf[2];"
 SIZES = "const int64_t height = dim[0], width = dim[1], out_height = dim[2], out_width = dim[3];"

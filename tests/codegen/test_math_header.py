@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tilewright.codegen.c.toolchain import COMPILE_FLAGS, INCLUDE_DIRECTORY, find_compiler
 from tilewright.codegen.targets import parse
-from tilewright.codegen.toolchain import COMPILE_FLAGS, INCLUDE_DIRECTORY, find_compiler
 
 TARGETS = [("v3", "gcc"), ("v4", "gcc"), ("v4", "zig")]
 INF, NAN = math.inf, math.nan

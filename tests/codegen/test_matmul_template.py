@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tilewright.codegen.packing import matmul_units, pack_matmul
+from tilewright.codegen.c.packing import matmul_units, pack_matmul
 
 POINTERS = "const float *restrict x = buf[0]; const float *restrict w = buf[1]; float *restrict y = buf[2];"
 BOTH = pytest.mark.parametrize("target", ["v3", "v4"])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tilewright.codegen import packing
+from tilewright.codegen.c import packing
 from tilewright.runtime import sizes
 
 

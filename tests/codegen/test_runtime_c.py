@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.codegen import toolchain
+from tilewright.codegen.c import toolchain
 from tilewright.codegen.targets import parse
 from tilewright.runtime.cpu import features
 

@@ -3,10 +3,8 @@ import warnings
 
 import pytest
 
-from tilewright.codegen import elf
-from tilewright.codegen.cache import Cache
-from tilewright.codegen.targets import GLIBC_FLOOR, parse
-from tilewright.codegen.toolchain import (
+from tilewright.codegen.c import elf
+from tilewright.codegen.c.toolchain import (
     Compiler,
     Source,
     available_compilers,
@@ -15,6 +13,8 @@ from tilewright.codegen.toolchain import (
     find_compiler,
     link_shared,
 )
+from tilewright.codegen.cache import Cache
+from tilewright.codegen.targets import GLIBC_FLOOR, parse
 from tilewright.runtime.errors import CompileError
 
 V3 = parse("cpu:x86-64-v3", ())

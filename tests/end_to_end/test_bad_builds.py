@@ -16,7 +16,8 @@ from torch import nn
 
 import tilewright
 from tilewright import models
-from tilewright.codegen import artifact, dialect_c, toolchain
+from tilewright.codegen import artifact
+from tilewright.codegen.c import dialect, toolchain
 from tilewright.codegen.cache import Cache
 from tilewright.models.initialize import initialize
 from tilewright.passes.eliminate_dead_code import EliminateDeadCode
@@ -63,7 +64,7 @@ def test_sizes_that_depend_on_data(tmp_path):
 
 
 def test_a_wrong_kernel_is_found_and_named(tmp_path, monkeypatch):
-    right = dialect_c.call
+    right = dialect.call
 
     def wrong(op, dtype, arg_dtypes, args):
         return right("add" if op == "sub" else op, dtype, arg_dtypes, args)
@@ -72,7 +73,7 @@ def test_a_wrong_kernel_is_found_and_named(tmp_path, monkeypatch):
         def forward(self, x, y):
             return {"sum": x + y, "difference": x - y}
 
-    monkeypatch.setattr(dialect_c, "call", wrong)
+    monkeypatch.setattr(dialect, "call", wrong)
     with pytest.raises(NumericsError) as caught:
         tilewright.compile(Difference().eval(), (torch.randn(3, 5), torch.randn(3, 5)), output=tmp_path / "bad.tw")
     message = str(caught.value)
@@ -100,8 +101,8 @@ def test_an_artifact_that_fails_verification_is_not_left_in_its_place(tmp_path, 
     good = nn.Linear(4, 4).eval()
     tilewright.compile(good, (torch.randn(2, 4),), output=tmp_path / "model.tw")
     before = {path.name: path.read_bytes() for path in (tmp_path / "model.tw").rglob("*") if path.is_file()}
-    right = dialect_c.call
-    monkeypatch.setattr(dialect_c, "call", lambda op, *rest: right("sub" if op == "add" else op, *rest))
+    right = dialect.call
+    monkeypatch.setattr(dialect, "call", lambda op, *rest: right("sub" if op == "add" else op, *rest))
 
     class Sum(nn.Module):
         def forward(self, x):

@@ -19,10 +19,10 @@ import tilewright
 from tilewright import models
 from tilewright.codegen import targets
 from tilewright.codegen.artifact import write_artifact
+from tilewright.codegen.c.toolchain import find_compiler
 from tilewright.codegen.cache import user_cache
 from tilewright.codegen.generate import build_kernels, generate
 from tilewright.codegen.roles import fusion_roles
-from tilewright.codegen.toolchain import find_compiler
 from tilewright.compiler.capture import capture
 from tilewright.compiler.verification import reference_of
 from tilewright.models import bert, bytelm, digits, mobilenet_v3, resnet, unet, vit

@@ -17,7 +17,7 @@ import pytest
 
 import tilewright
 from tilewright.codegen.artifact import ConstantData, TargetBinaries, layout_constants, weights_id, write_artifact
-from tilewright.codegen.toolchain import find_compiler
+from tilewright.codegen.c.toolchain import find_compiler
 from tilewright.runtime import sizes
 from tilewright.runtime.plan import Buffer, Check, Constant, Origin, Plan, Port, Ref, StateBuffer, Step, Symbol, Variant
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import tilewright
 from tilewright.codegen import targets
 from tilewright.codegen.artifact import TargetBinaries, write_artifact
+from tilewright.codegen.c.toolchain import find_compiler
 from tilewright.codegen.generate import build_kernels, generate
 from tilewright.codegen.roles import fusion_roles
-from tilewright.codegen.toolchain import find_compiler
 from tilewright.compiler.options import Entry
 from tilewright.compiler.sources import open_source
 from tilewright.passes.manager import PassManager

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..runtime.sizes import Size, add, ceildiv, floordiv, maximum, minimum, mul
+from ...runtime.sizes import Size, add, ceildiv, floordiv, maximum, minimum, mul
 
 PANEL = 32
 """Output columns that lie side by side in packed weights."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ..regions import Family
 from .attention import attention_family
 from .convolution import convolution_family
+from .loops import loop_family
 from .matmul import matmul_family
-from .regions import Family, loop_family
 
 FAMILIES: dict[str, Family] = {
     "attention": attention_family,

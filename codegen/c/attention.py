@@ -14,18 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..runtime import sizes
-from ..runtime.errors import CompileError
-from ..runtime.sizes import Size
-from .anchors import Anchored, affine_rows, c_size, find_anchor
+from ...runtime import sizes
+from ...runtime.errors import CompileError
+from ...runtime.sizes import Size
+from ..anchors import affine_rows, find_anchor
+from ..kernel import KernelCode
+from ..regions import Frame, Made, Task
+from ..registry import overloads
+from ..templating import Hole
+from ..values import Kernel, Value, broadcast
+from .anchors import Anchored, c_size
 from .attention_blocks import attention_units, block_rows
-from .dialect_c import literal
-from .dialect_c import size as c_text
-from .kernel import KernelCode
-from .regions import Frame, Made, Task
-from .registry import overloads
-from .templating import Hole
-from .values import Kernel, Value, broadcast
+from .dialect import literal
+from .dialect import size as c_text
 
 TARGETS = frozenset((torch.ops.aten.scaled_dot_product_attention.default,))
 _PERMUTES = frozenset(overloads("permute", "transpose.int"))

@@ -12,16 +12,18 @@ from collections.abc import Sequence
 import numpy as np
 from torch import fx
 
-from ..runtime import sizes
-from ..runtime.sizes import Size
-from .anchors import Anchored, affine_rows, c_size, find_anchor
-from .expr import Expr
-from .kernel import KernelCode
+from ...runtime import sizes
+from ...runtime.sizes import Size
+from ..anchors import affine_rows, find_anchor
+from ..expr import Expr
+from ..kernel import KernelCode
+from ..regions import Frame, Made, Task
+from ..registry import overloads
+from ..storage import Packing, Storage
+from ..values import Kernel, Value, broadcast, dtype_name, reshape
+from .anchors import Anchored, c_size
+from .loops import loop_family
 from .packing import PANEL, matmul_units, pack_matmul
-from .regions import Frame, Made, Task, loop_family
-from .registry import overloads
-from .storage import Packing, Storage
-from .values import Kernel, Value, broadcast, dtype_name, reshape
 
 LINEAR = frozenset(overloads("linear"))
 PRODUCTS = frozenset(overloads("mm", "bmm", "matmul"))

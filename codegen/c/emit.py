@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from ..runtime import sizes
-from ..runtime.sizes import Size
-from . import dialect_c
-from .expr import Builder, Call, Const, Dynamic, Expr, Index, Load, Reduce, Scalar, children, walk
+from ...runtime import sizes
+from ...runtime.sizes import Size
+from ..expr import Builder, Call, Const, Dynamic, Expr, Index, Load, Reduce, Scalar, children, walk
+from . import dialect
 
 SIMD = "#pragma omp simd"
 LONG_SUM = 1 << 15  # terms from which a sum is taken in parts
@@ -99,12 +99,12 @@ class Scope:
 
     def loop(self, child: Scope, variable: str, extent: Size, *, simd: str = "") -> None:
         """Append the child as a counted loop from 0."""
-        self.close(child, count_loop(variable, dialect_c.size(extent)), simd=simd)
+        self.close(child, count_loop(variable, dialect.size(extent)), simd=simd)
 
     def value(self, expr: Expr) -> str:
         """C text of the expression's value, emitting what it needs into this scope or the ones around it."""
         if isinstance(expr, Const):
-            return dialect_c.literal(expr.value, expr.dtype)
+            return dialect.literal(expr.value, expr.dtype)
         if isinstance(expr, Scalar):
             return expr.name
         if isinstance(expr, Index):
@@ -128,15 +128,13 @@ class Scope:
         for name in sorted(sizes.symbols_of(size)):
             if name in self.emitter.builder.dynamics:
                 self.value(self.emitter.builder.dynamics[name])
-        return dialect_c.size(size)
+        return dialect.size(size)
 
     def store(self, buffer: str, offset: Size, value: Expr) -> None:
         """Append ``buffer[offset] = value`` with the conversion to the buffer's dtype."""
         self._reductions_first(value, ())
         text, place = self.value(value), self.size(offset)
-        self.lines.append(
-            f"{buffer}[{place}] = {dialect_c.to_storage(text, value.dtype, self.emitter.dtypes[buffer])};"
-        )
+        self.lines.append(f"{buffer}[{place}] = {dialect.to_storage(text, value.dtype, self.emitter.dtypes[buffer])};")
 
     def _reductions_first(self, expr: Expr, bound: Iterable[str]) -> None:
         """Emit the reductions that an expression needs before the expression: what they keep of a row is then there.
@@ -171,7 +169,7 @@ class Scope:
             self._names[expr] = text
             return text
         name = expr.name if isinstance(expr, Dynamic) else self.emitter.fresh("t")
-        self.lines.append(f"const {dialect_c.TYPES[expr.dtype]} {name} = {text};")
+        self.lines.append(f"const {dialect.TYPES[expr.dtype]} {name} = {text};")
         self._names[expr] = name
         if array is not None and cache is not None:
             self.lines.append(f"{array}[{cache.variable}] = {name};")
@@ -181,14 +179,14 @@ class Scope:
     def _text(self, expr: Expr) -> str:
         if isinstance(expr, Load):
             storage = self.emitter.dtypes[expr.buffer]
-            text = dialect_c.from_storage(f"{expr.buffer}[{self.size(expr.offset)}]", storage)
+            text = dialect.from_storage(f"{expr.buffer}[{self.size(expr.offset)}]", storage)
             if expr.mask is not None:
-                text = f"{self.value(expr.mask)} ? {text} : {dialect_c.literal(expr.other, expr.dtype)}"
+                text = f"{self.value(expr.mask)} ? {text} : {dialect.literal(expr.other, expr.dtype)}"
             return text
         if isinstance(expr, Dynamic):
             return f"tw_index({self.value(expr.source)}, {self.size(expr.bound)}, fault)"
         assert isinstance(expr, Call)
-        return dialect_c.call(
+        return dialect.call(
             expr.op, expr.dtype, [arg.dtype for arg in expr.args], [self.value(arg) for arg in expr.args]
         )
 
@@ -203,7 +201,7 @@ class Scope:
 
     def _reduce_scalar(self, expr: Reduce) -> str:
         self._reductions_first(expr.body, [name for name, _ in expr.loops])
-        reduction = dialect_c.reduction(expr.op, expr.body.dtype, self.emitter.fresh("r"))
+        reduction = dialect.reduction(expr.op, expr.body.dtype, self.emitter.fresh("r"))
         self.lines.extend(reduction.declare)
         if expr.op == "sum" and expr.dtype.startswith("float") and self.emitter.most(expr) > LONG_SUM:
             self._sum_in_parts(expr, reduction.result)
@@ -219,11 +217,11 @@ class Scope:
 
     def _sum_in_parts(self, expr: Reduce, total: str) -> None:
         """A long sum as a sum of shorter ones, so that the total does not swallow the digits of its terms."""
-        variable, extent = expr.loops[-1][0], dialect_c.size(expr.loops[-1][1])
+        variable, extent = expr.loops[-1][0], dialect.size(expr.loops[-1][1])
         scopes = self._nest(expr)[:-1]
         chunk = scopes[-1].child()
         inner = chunk.child(variable)
-        part = dialect_c.reduction("sum", expr.body.dtype, self.emitter.fresh("s"))
+        part = dialect.reduction("sum", expr.body.dtype, self.emitter.fresh("s"))
         chunk.lines.extend(part.declare)
         inner.lines.extend(part.update(inner.value(expr.body), _position(expr)))
         innermost = not any(line.lstrip().startswith("for ") for line in inner.lines)
@@ -237,7 +235,7 @@ class Scope:
             scopes[depth].loop(scopes[depth + 1], *expr.loops[depth])
 
     def _reduce_lanes(self, expr: Reduce, lanes: Lanes) -> str:
-        reduction = dialect_c.reduction(
+        reduction = dialect.reduction(
             expr.op, expr.body.dtype, self.emitter.fresh("r"), lanes=(lanes.variable, lanes.most)
         )
         self.lines.extend(reduction.declare)
@@ -262,7 +260,7 @@ class Scope:
         assert expr.op == "sum", "only sums have bounds that vary"
         last = {lanes.variable: sizes.add(int(lanes.count) if lanes.count.isdecimal() else lanes.count, -1)}
         loops = tuple((name, sizes.substitute(extent, last)) for name, extent in expr.loops)
-        inside = " && ".join(f"{name} < {dialect_c.size(extent)}" for name, extent in varying)
+        inside = " && ".join(f"{name} < {dialect.size(extent)}" for name, extent in varying)
         return replace(expr, loops=loops), inside
 
     def _nest(self, expr: Reduce) -> list[Scope]:
@@ -282,7 +280,7 @@ def _position(expr: Reduce) -> str:
     flat: Size = 0
     for variable, extent in expr.loops:
         flat = sizes.add(sizes.mul(flat, extent), variable)
-    return dialect_c.size(flat)
+    return dialect.size(flat)
 
 
 def count_loop(variable: str, extent: str) -> str:
@@ -344,7 +342,7 @@ def _weight(builder: Builder, expr: Expr, variable: str) -> int:
             continue
         seen.add(node)
         if isinstance(node, Call):
-            total += 8 if node.op in dialect_c.EXPENSIVE else 1
+            total += 8 if node.op in dialect.EXPENSIVE else 1
         elif isinstance(node, Load):
             total += 1 if not any(name in builder.dynamics for name in sizes.symbols_of(node.offset)) else 4
         stack.extend(children(node))

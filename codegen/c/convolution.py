@@ -19,17 +19,18 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..runtime import sizes
-from ..runtime.errors import CompileError
-from ..runtime.sizes import Size
+from ...runtime import sizes
+from ...runtime.errors import CompileError
+from ...runtime.sizes import Size
+from ..anchors import find_anchor
+from ..expr import Expr
+from ..kernel import KernelCode
+from ..regions import Frame, Made, Task
+from ..registry import overloads
+from ..storage import Packing, Storage
+from ..values import LANES, Value
 from . import packing
-from .anchors import Anchored, c_size, find_anchor
-from .expr import Expr
-from .kernel import KernelCode
-from .regions import Frame, Made, Task
-from .registry import overloads
-from .storage import Packing, Storage
-from .values import LANES, Value
+from .anchors import Anchored, c_size
 
 PLAIN = frozenset(overloads("conv2d", "conv2d.padding", "conv1d", "conv1d.padding"))
 GENERAL = frozenset(overloads("convolution"))

@@ -10,15 +10,15 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..runtime import sizes
-from ..runtime.plan import Plan, Ref, Variant
-from ..runtime.sizes import Size
-from . import dialect_c
-from .artifact import TargetBinaries
-from .cache import Cache
-from .lower import KernelSource
-from .symbols import PREFIX
-from .targets import Target
+from ...runtime import sizes
+from ...runtime.plan import Plan, Ref, Variant
+from ...runtime.sizes import Size
+from ..artifact import TargetBinaries
+from ..cache import Cache
+from ..lower import KernelSource
+from ..symbols import PREFIX
+from ..targets import Target
+from . import dialect
 from .toolchain import INCLUDE_DIRECTORY, Compiler, Source, compile_objects, link_shared
 
 STEPS_PER_FUNCTION = 64  # compilers take more than linear time over one function
@@ -168,7 +168,7 @@ def _launch(plan: Plan, step: int, position: int, variant: Variant) -> list[str]
 
 def _size(size: Size) -> str:
     """A size of the plan in C, its symbols under the names of :func:`_symbol_lines`."""
-    return dialect_c.size(sizes.substitute(size, {name: PREFIX + name for name in sizes.symbols_of(size)}))
+    return dialect.size(sizes.substitute(size, {name: PREFIX + name for name in sizes.symbols_of(size)}))
 
 
 def _operand(plan: Plan, ref: Ref) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..runtime.sizes import Size, ceildiv, mul
+from ...runtime.sizes import Size, ceildiv, mul
 
 PANEL = 32
 KEYS = 128

@@ -10,7 +10,7 @@ import re
 import struct
 from dataclasses import dataclass
 
-from ..runtime.errors import CompileError
+from ...runtime.errors import CompileError
 
 _DYNAMIC, _VERSION_NEEDS = 6, 0x6FFFFFFE
 _NEEDED = 1

@@ -22,13 +22,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime.environment import CACHE, COMPILER
-from ..runtime.errors import CompileError
+from ...runtime.environment import CACHE, COMPILER
+from ...runtime.errors import CompileError
+from ..cache import Cache, key_of
+from ..targets import GLIBC_FLOOR, CompilerKind, Target
 from . import elf
-from .cache import Cache, key_of
-from .targets import GLIBC_FLOOR, CompilerKind, Target
 
-INCLUDE_DIRECTORY = Path(__file__).parent / "templates" / "c"
+INCLUDE_DIRECTORY = Path(__file__).parents[1] / "templates" / "c"
 """Headers that kernels include."""
 
 COMPILE_FLAGS = (

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..runtime import sizes
-from ..runtime.sizes import Size
+from ...runtime import sizes
+from ...runtime.sizes import Size
 
 TYPES = {
     "float64": "double",
@@ -23,10 +23,6 @@ TYPES = {
     "bool": "int32_t",
 }
 STORAGE = TYPES | {"float16": "uint16_t", "bfloat16": "uint16_t", "bool": "uint8_t"}
-BYTES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8":
-    1, "bool": 1,
-}  # fmt: skip
 
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",

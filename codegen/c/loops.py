@@ -17,25 +17,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..runtime import sizes
-from ..runtime.sizes import Size
-from . import dialect_c
+from ...runtime import sizes
+from ...runtime.plan_check import ITEM_BYTES
+from ...runtime.sizes import Size
+from ..expr import Call, Expr, Load, Reduce, coefficient, offsets, walk
+from ..kernel import KernelCode, Parameter
+from ..regions import Made, Output, Task, loop_region
+from ..values import LANES, Kernel
+from . import dialect
 from .emit import SIMD, Emitter, Lanes, Scope, count_loop, plan_row_cache
-from .expr import Call, Expr, Load, Reduce, coefficient, offsets, walk
-from .kernel import KernelCode, Parameter, frame
-from .values import LANES, Kernel, Value
+from .frame import frame
 
 CHUNK = 4096  # elements of the innermost axis in one unit of a kernel without reductions
 LANE_CHUNK = 64  # lanes of one unit where reductions depend on a long innermost axis
 ROW_STACK = 96 * 1024  # bytes of the stack that kept rows may use
-
-
-@dataclass(frozen=True)
-class Output:
-    """A result of the kernel: the parameter it is stored to and its value."""
-
-    parameter: Parameter
-    value: Value
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,13 @@ class Axis:
 
 
 Make = Callable[[Kernel], tuple[Sequence[Parameter], Sequence[Output]]]
+
+
+def loop_family(task: Task) -> Sequence[Made]:
+    """Everything that is an index function of its operands."""
+    region = loop_region(task)
+    variants = build_loop(region.make, task.symbols.ranges, task.label())
+    return [Made(code, region.frame.storages, guard) for guard, code in variants]
 
 
 def build_loop(make: Make, ranges: dict[str, tuple[int, int]], label: str) -> list[tuple[Size, KernelCode]]:
@@ -195,7 +197,7 @@ def _unit_loop(axes: Sequence[Axis], inner: Sequence[str], declarations: Sequenc
     elif axes:
         lines.append("    int64_t rest = unit;")
         for axis in reversed(axes[1:]):
-            extent = dialect_c.size(axis.extent)
+            extent = dialect.size(axis.extent)
             extent = f"({extent})" if isinstance(axis.extent, sizes.Op) else extent
             lines.append(f"    const int64_t {axis.variable} = rest % {extent};")
             lines.append(f"    rest /= {extent};")
@@ -227,10 +229,10 @@ def _pointwise(draft: _Draft) -> Body:
         place = sizes.add(sizes.mul(chunk, CHUNK), inner)
         roots = [builder.rewrite(root, {vector.variable: place}) for root in roots]
         stores = [sizes.substitute(store, {vector.variable: place}) for store in stores]
-        count = dialect_c.size(sizes.minimum(CHUNK, sizes.sub(vector.extent, sizes.mul(chunk, CHUNK))))
+        count = dialect.size(sizes.minimum(CHUNK, sizes.sub(vector.extent, sizes.mul(chunk, CHUNK))))
         axes = [*axes[:-1], Axis(chunk, sizes.ceildiv(vector.extent, CHUNK)), Axis(inner, CHUNK)]
     else:
-        count = dialect_c.size(vector.extent if limit is None else limit)
+        count = dialect.size(vector.extent if limit is None else limit)
     emitter = _emitter(draft)
     unit = Scope(emitter, None, [axis.variable for axis in axes[:-1]])
     element = unit.child(axes[-1].variable)
@@ -250,7 +252,7 @@ def _kept_row(draft: _Draft) -> int:
     """The longest row whose kept expressions fit the stack; 0 where there is nothing to keep."""
     vector = draft.space.axes[-1]
     cache = plan_row_cache(_emitter(draft), draft.roots, vector.variable, vector.extent)
-    per_element = sum(dialect_c.BYTES[expr.dtype] for expr in cache.arrays)
+    per_element = sum(ITEM_BYTES[expr.dtype] for expr in cache.arrays)
     return ROW_STACK // per_element // 64 * 64 if per_element else 0
 
 
@@ -262,7 +264,7 @@ def _rows(draft: _Draft, *, keep: int) -> Body:
     if keep:
         emitter.cache = cache = plan_row_cache(emitter, roots, vector.variable, vector.extent)
         declarations = [
-            f"{dialect_c.TYPES[expr.dtype]} {name}[{keep}] __attribute__((aligned(64)));"
+            f"{dialect.TYPES[expr.dtype]} {name}[{keep}] __attribute__((aligned(64)));"
             for expr, name in cache.arrays.items()
         ]
     outer = space.outer()
@@ -270,7 +272,7 @@ def _rows(draft: _Draft, *, keep: int) -> Body:
     element = unit.child(vector.variable)
     for output, root in zip(outputs, roots, strict=True):
         element.store(output.parameter.name, space.offset(output.parameter), root)
-    count = dialect_c.size(space.lane_limit if space.lane_limit is not None else vector.extent)
+    count = dialect.size(space.lane_limit if space.lane_limit is not None else vector.extent)
     unit.close(element, count_loop(vector.variable, count), simd=_simd(element))
     return _unit_loop(outer, unit.lines, declarations), sizes.product(axis.extent for axis in outer), roots
 
@@ -279,10 +281,10 @@ def _lanes(draft: _Draft) -> Body:
     kernel, space, outputs, roots = draft.kernel, draft.space, draft.outputs, draft.roots
     vector = space.axes[-1]
     most = sizes.bounds(vector.extent, kernel.ranges)[1]
-    count = dialect_c.size(vector.extent)
+    count = dialect.size(vector.extent)
     lines: list[str] = []
     if space.lane_limit is not None:
-        lines = [f"const int64_t lanes = {dialect_c.size(space.lane_limit)};"]
+        lines = [f"const int64_t lanes = {dialect.size(space.lane_limit)};"]
         count = "lanes"
     outer = space.outer()
     emitter = _emitter(draft, Lanes(vector.variable, count, most))

@@ -1,0 +1,67 @@
+"""Filling the holes of C templates: an anchor's operands, epilogue and stores as statements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ...runtime import sizes
+from ...runtime.sizes import Size
+from .. import anchors
+from ..expr import Expr
+from ..kernel import NAME, KernelCode
+from ..templating import Hole, render
+from ..values import Value
+from . import dialect
+from .emit import Emitter, Scope
+from .frame import prelude
+
+
+class Anchored(anchors.Anchored):
+    """A region around one anchor whose kernel is a C template."""
+
+    def epilogue(self, index: tuple[Size, ...], outer: Sequence[str], inner: str, acc: Callable[[Expr], Expr]) -> Hole:
+        """The stores of the results, given the accumulator at a logical index of the anchor's result.
+
+        Args:
+            index: in terms of the template's variables.
+            outer: the template's variables outside the vector loop.
+            inner: the vector loop's variable.
+            acc: from the raw accumulator to the anchor's value (adds the bias).
+        """
+        outside, inside = self.scopes(outer, inner)
+        for parameter, offset, root in self.stores(index, acc):
+            inside.store(parameter.name, offset, root)
+        return Hole("\n".join(outside.lines), "\n".join(inside.lines))
+
+    def read(self, value: Value, index: tuple[Size, ...], outer: Sequence[str], inner: str, name: str) -> Hole:
+        """A hole that defines ``const float <name>`` as one element of an operand."""
+        outside, inside = self.scopes(outer, inner)
+        text = inside.value(self.kernel.builder.cast(value.at(index), "float32"))
+        inside.lines.append(f"const float {name} = {text};")
+        return Hole("\n".join(outside.lines), "\n".join(inside.lines))
+
+    def scopes(self, outer: Sequence[str], inner: str) -> tuple[Scope, Scope]:
+        """Fresh scopes for one hole: its row part and its element part."""
+        outside = Scope(Emitter(self.kernel.builder, self.storage_dtypes()), None, outer)
+        return outside, outside.child(inner, "acc")
+
+    def code(self, template: str, *, family: str, units: Size, flops: Size, **context: object) -> KernelCode:
+        """Render the template into a kernel."""
+        symbols = self.symbols(units, flops)
+        lines = "\n".join([*prelude(self.frame.parameters, symbols), *(f"(void){name};" for name in symbols)])
+        source = '#include "tw_math.h"\n' + render(template, name=NAME, prelude=lines, **context)
+        return KernelCode(
+            family=family,
+            label=self.task.label(),
+            source=source,
+            symbols=symbols,
+            units=units,
+            flops=flops,
+            bytes=sizes.add(*(parameter.bytes() for parameter in self.frame.parameters)),
+            parameters=self.frame.parameters,
+        )
+
+
+def c_size(size: Size) -> int | str:
+    """A size for a template: an int, or C text in parentheses."""
+    return size if isinstance(size, int) else f"({dialect.size(size)})"

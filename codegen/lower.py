@@ -106,7 +106,13 @@ class Lowered:
         )  # fmt: skip
 
 
-def lower(program: Program, kernels: KernelTable, constants: ConstantTable, families: Mapping[str, Family]) -> Lowered:
+def lower(
+    program: Program,
+    kernels: KernelTable,
+    constants: ConstantTable,
+    families: Mapping[str, Family],
+    precision: str = "ieee",
+) -> Lowered:
     """Lower one entry point.
 
     Args:
@@ -114,13 +120,14 @@ def lower(program: Program, kernels: KernelTable, constants: ConstantTable, fami
         kernels: where the kernels go.
         constants: where the constants go.
         families: the kernel families of the dialect to lower to, by the names that regions have.
+        precision: :attr:`Task.precision` of every region.
 
     Raises:
         UnsupportedOperator: nodes outside regions remain; lists all of them.
         CompileError: a size or a value cannot be expressed.
     """
     before = _assumptions(program)
-    lowered = _Lowering(program, kernels, constants, families).run()
+    lowered = _Lowering(program, kernels, constants, families, precision).run()
     if len(_assumptions(program)) > len(before):
         raise CompileError(
             f"lowering {program.name} took a size that varies for a number: {_assumptions(program)[len(before)]}; "
@@ -140,10 +147,16 @@ def _assumptions(program: Program) -> list[Any]:
 
 class _Lowering:
     def __init__(
-        self, program: Program, kernels: KernelTable, constants: ConstantTable, families: Mapping[str, Family]
+        self,
+        program: Program,
+        kernels: KernelTable,
+        constants: ConstantTable,
+        families: Mapping[str, Family],
+        precision: str,
     ) -> None:
         self.program = program
         self.families = families
+        self.precision = precision
         self.kernels = kernels
         self.constants = constants
         self.symbols = SymbolTable(program)
@@ -213,7 +226,7 @@ class _Lowering:
             name = user.name if user is not None else f"{node.name}_{position}"
             results.append(Storage("buffer", self.symbols.shape(value), dtype_name(value.dtype), layout, name))
         operands = [None if is_size(operand) else self._storage(operand) for operand in node.args]  # type: ignore[arg-type]
-        task = Task(node, nested, operands, results, self.symbols, self.constants)
+        task = Task(node, nested, operands, results, self.symbols, self.constants, self.precision)
         family = node.meta["region"].family
         try:
             made = self.families[family](task)
@@ -280,7 +293,7 @@ class _Lowering:
         copy.meta["val"] = node.meta["val"]
         graph.output(copy)
         nested = fx.GraphModule(torch.nn.Module(), graph)
-        task = Task(node, nested, [origin], [target], self.symbols, self.constants)
+        task = Task(node, nested, [origin], [target], self.symbols, self.constants, self.precision)
         self.steps.append(("loop", self.families["loop"](task), origin_of(node), 1))
 
     # -- the plan ------------------------------------------------------------------------------------------------------

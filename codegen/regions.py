@@ -36,6 +36,7 @@ class Task:
         results: a storage per result.
         symbols: translation of symbolic sizes.
         constants: where packed weights are requested.
+        precision: how GPU kernels multiply float32: ``"ieee"``, or ``"tf32"`` where that was asked for.
     """
 
     node: fx.Node
@@ -44,6 +45,7 @@ class Task:
     results: list[Storage]
     symbols: SymbolTable
     constants: ConstantTable
+    precision: str = "ieee"
 
     def placeholders(self) -> list[fx.Node]:
         """The region's placeholders, in the order of ``operands``."""

@@ -1,0 +1,1 @@
+"""Triton for GPUs: kernel text, its compilation ahead of time, and the binaries of an artifact."""

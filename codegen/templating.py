@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-TEMPLATES = Path(__file__).parent / "templates" / "c"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Hole:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def _environment(dialect: str) -> jinja2.Environment:
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader(TEMPLATES / dialect),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -32,5 +32,10 @@ def _environment() -> jinja2.Environment:
 
 
 def render(template: str, **context: Any) -> str:
-    """The template's text with its context filled in."""
-    return _environment().get_template(template).render(**context)
+    """A C template's text with its context filled in."""
+    return _environment("c").get_template(template).render(**context)
+
+
+def render_triton(template: str, **context: Any) -> str:
+    """A Triton template's text with its context filled in."""
+    return _environment("triton").get_template(template).render(**context)

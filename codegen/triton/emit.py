@@ -377,7 +377,7 @@ class Scope:
             if shape:
                 guard, text = f"({name} < {text})", f"tl.max({text})"
             heads.append((inner, f"for {name} in {count}(0, {text}):"))
-            # The variable itself is a scalar; what depends on it has the shape of its guard, which is that of the bound.
+            # The variable itself is a scalar; what depends on it has the shape of its guard (that of the bound).
             inner = inner._child({variable: Var(name, shape, guard)})
         value = inner.value(expr.body)
         guards = " & ".join(

@@ -75,8 +75,20 @@ def may_be_negative(value: Size) -> bool:
 
 def _operand(value: Size, text: Callable[[str], str]) -> str:
     inner = size(value, text)
-    compound = (isinstance(value, sizes.Op) and value.op not in ("max", "min")) or not inner.replace("_", "").isalnum()
-    return f"({inner})" if compound else inner
+    plain = inner.replace("_", "").isalnum() or _is_enclosed(inner)
+    if isinstance(value, sizes.Op):
+        plain = value.op in ("max", "min") or (value.op in ("floordiv", "mod") and may_be_negative(value.args[0]))
+    return inner if plain else f"({inner})"
+
+
+def _is_enclosed(text: str) -> bool:
+    """Whether one pair of parentheses holds all of a text."""
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return character == ")" and position == len(text) - 1
+    return False
 
 
 def literal(value: Any, dtype: str) -> str:

@@ -1,0 +1,154 @@
+"""Changes to Triton's interpreter (3.6 to 3.9), made once in the worker.
+
+- It patches ``triton.language`` at every launch and every call of a function, a millisecond each: here once.
+- It computes bfloat16 on the raw bits and truncates where a GPU rounds to the nearest: here with ml_dtypes.
+- It reduces with a custom function element by element: here whole slices at a time, in the order of neighbours.
+- It reads and writes any address, and a wrong one ends the process or goes unnoticed: here every access is checked
+  against the operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from ml_dtypes import bfloat16
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, ReduceOps, TensorHandle
+
+BFLOAT16 = np.dtype(bfloat16)
+
+
+class Bounds:
+    """Where kernels may read and write: inside of one operand each."""
+
+    def __init__(self) -> None:
+        self._starts = self._ends = np.zeros(0, np.uint64)
+
+    def operands(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Allow (address, bytes) of each operand, and nothing else."""
+        ordered = sorted((start, start + size) for start, size in spans)
+        self._starts = np.array([start for start, _ in ordered], np.uint64)
+        self._ends = np.array([end for _, end in ordered], np.uint64)
+
+    def check(self, pointers: np.ndarray, mask: np.ndarray, item: int) -> None:
+        """Raise IndexError unless every address that the mask lets through lies in an operand."""
+        used = pointers if mask.all() else pointers[np.broadcast_to(mask, pointers.shape)]
+        if not used.size:
+            return
+        inside = self._inside(used.min(), used.max(), item)
+        if not inside and not self._each_inside(used.ravel(), item):
+            raise IndexError("an access out of the bounds of the operands")
+
+    def _inside(self, low: Any, high: Any, item: int) -> bool:
+        index = int(np.searchsorted(self._starts, low, "right")) - 1
+        return index >= 0 and int(high) + item <= int(self._ends[index])
+
+    def _each_inside(self, pointers: np.ndarray, item: int) -> bool:
+        """The same for accesses that lie in several operands, element by element."""
+        index = np.searchsorted(self._starts, pointers, "right") - 1
+        return bool((index >= 0).all() and (pointers + np.uint64(item) <= self._ends[index]).all())
+
+
+def apply() -> Bounds:
+    """Change the interpreter of this process; returns what says where kernels may read and write."""
+    bounds = Bounds()
+    _patch_language_once()
+    _check_accesses(bounds)
+    _compute_bfloat16()
+    ReduceOps.generic_reduce = _reduce_slices
+    interpreter.interpreter_builder.options = InterpreterOptions(sanitize_overflow=False)  # its result is not looked at
+    return bounds
+
+
+def _patch_language_once() -> None:
+    def scope() -> None:
+        """Has the globals that say what is to be patched."""
+
+    interpreter._patch_lang(FunctionType(scope.__code__, {"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
+
+def _check_accesses(bounds: Bounds) -> None:
+    native = interpreter._interpreter
+
+    def load(pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        bounds.check(pointers, mask, dtype.itemsize)
+        if dtype == BFLOAT16:
+            return native.load(pointers, mask, other.view(np.uint16), np.dtype(np.uint16)).view(BFLOAT16)
+        return native.load(pointers, mask, other, dtype)
+
+    def store(pointers: np.ndarray, value: np.ndarray, mask: np.ndarray) -> None:
+        bounds.check(pointers, mask, value.dtype.itemsize)
+        native.store(pointers, value.view(np.uint16) if value.dtype == BFLOAT16 else value, mask)
+
+    def atomic_rmw(operation: Any, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, order: Any) -> np.ndarray:
+        bounds.check(pointers, mask, value.dtype.itemsize)
+        return native.atomic_rmw(operation, pointers, value, mask, order)
+
+    def atomic_cas(pointers: np.ndarray, compare: np.ndarray, value: np.ndarray, order: Any) -> np.ndarray:
+        bounds.check(pointers, np.True_, value.dtype.itemsize)
+        return native.atomic_cas(pointers, compare, value, order)
+
+    checked = ModuleType("checked_interpreter")
+    checked.__dict__.update(vars(native))
+    checked.__dict__.update(load=load, store=store, atomic_rmw=atomic_rmw, atomic_cas=atomic_cas)
+    interpreter._interpreter = checked
+
+
+def _compute_bfloat16() -> None:
+    plain = interpreter._get_np_dtype
+    convert = interpreter._convert_float
+
+    def numpy_dtype(dtype: tl.dtype) -> np.dtype:
+        pointer = isinstance(dtype.scalar, tl.pointer_type)
+        return BFLOAT16 if not pointer and dtype.scalar == tl.bfloat16 else plain(dtype)
+
+    def cast(self: InterpreterBuilder, source: TensorHandle, dtype: tl.dtype) -> TensorHandle:
+        return TensorHandle(source.data.astype(numpy_dtype(dtype)), dtype.scalar)
+
+    def cast_float(self: InterpreterBuilder, source: TensorHandle, dtype: tl.dtype, rounding: Any) -> TensorHandle:
+        eight_bits = 8 in (source.dtype.scalar.primitive_bitwidth, dtype.scalar.primitive_bitwidth)
+        if not eight_bits and rounding in (None, interpreter._ir.ROUNDING_MODE.RTNE):
+            return cast(self, source, dtype)
+        data = convert(source.data, source.dtype.scalar, dtype.scalar, rounding)
+        return TensorHandle(data.view(numpy_dtype(dtype)), dtype.scalar)
+
+    def dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: Any) -> TensorHandle:
+        left, right = a.data, b.data
+        if a.dtype.scalar.is_floating() and a.dtype.scalar.primitive_bitwidth == 8:
+            left = convert(left, a.dtype, tl.float16, None).view(np.float16)
+            right = convert(right, b.dtype, tl.float16, None).view(np.float16)
+        result = np.matmul(left.astype(d.data.dtype), right.astype(d.data.dtype))
+        return TensorHandle(result + d.data, d.dtype.scalar)
+
+    interpreter._get_np_dtype = numpy_dtype
+    InterpreterBuilder.cast_impl = cast
+    InterpreterBuilder.create_fp_to_fp = cast_float
+    InterpreterBuilder.get_bf16 = lambda self, value: TensorHandle(np.array([value], BFLOAT16), tl.bfloat16)
+    InterpreterBuilder.create_dot = dot
+
+
+def _reduce_slices(self: ReduceOps, values: tuple[tl.tensor, ...]) -> list[tl.tensor]:
+    """Reduce with a custom function: neighbours along the axis in pairs, then pairs of those."""
+    shape = values[0].handle.data.shape
+    flat = self.axis is None
+    axis = 0 if flat else self.axis
+    parts = [value.handle.data.ravel() if flat else np.moveaxis(value.handle.data, axis, 0) for value in values]
+    dtypes = [value.dtype for value in values]
+    while len(parts[0]) > 1:
+        left, right = (
+            [self.to_tensor(part[start::2], dtype) for part, dtype in zip(parts, dtypes, strict=True)]
+            for start in (0, 1)
+        )
+        result = self.combine_fn.fn(*left, *right) if hasattr(self.combine_fn, "fn") else self.combine_fn(*left, *right)
+        result = result if isinstance(result, tuple) else (result,)
+        parts = [item.handle.data for item in result]
+    parts = [part[0] for part in parts]
+    if self.keep_dims:
+        parts = [part.reshape([1] * len(shape)) if flat else np.expand_dims(part, axis) for part in parts]
+    return [self.to_tensor(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)]

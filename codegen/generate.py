@@ -1,43 +1,88 @@
-"""From programs to the parts of an artifact: lower all entries, lay constants out, build the kernels."""
+"""From programs to the parts of an artifact: lower all entries for each kind of device, lay constants out once.
+
+Programs come rewritten per kind of device, since passes differ. All kinds share one table of constants, so a weight
+that several want in the same form is stored once; a plan lists those that its own kind of device needs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..passes.graph.program import Program
 from ..runtime.plan import Constant, Plan
 from .artifact import ConstantData, TargetBinaries, layout_constants, weights_id
 from .c.backend import Weights, build
-from .c.families import FAMILIES
 from .c.toolchain import Compiler
 from .cache import Cache
 from .lower import KernelSource, KernelTable, Lowered, lower
+from .regions import Family
 from .storage import ConstantTable
 from .targets import Target
 
 
 @dataclass(frozen=True)
-class Generated:
-    """What lowering gives: plans with their constants placed, kernel sources, and how to compute each constant."""
+class DeviceCode:
+    """What lowering gives for one kind of device: a plan per entry point, and the sources of their kernels."""
 
+    device: str
     plans: tuple[Plan, ...]
     kernels: tuple[KernelSource, ...]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What lowering gives: the code per kind of device, and how to compute each constant."""
+
+    devices: Mapping[str, DeviceCode]
     constants: tuple[ConstantData, ...]
 
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plans of all kinds of device, those of the first one first."""
+        return tuple(plan for code in self.devices.values() for plan in code.plans)
 
-def generate(programs: Sequence[Program]) -> Generated:
-    """Lower entry points that share weights and kernels."""
-    kernels, table = KernelTable(), ConstantTable()
-    lowered: list[Lowered] = [lower(program, kernels, table, FAMILIES) for program in programs]
+
+def generate(programs: Mapping[str, Sequence[Program]], precision: str = "ieee") -> Generated:
+    """Lower entry points that share weights and kernels.
+
+    Args:
+        programs: after the passes, by kind of device (``"cpu"``, ``"cuda"``).
+        precision: how GPU kernels multiply float32, ``"ieee"`` or ``"tf32"``.
+
+    Raises:
+        UnsupportedOperator: a node has no kernel.
+        CompileError: a size or a value cannot be expressed.
+    """
+    table = ConstantTable()
+    lowered: dict[str, list[Lowered]] = {}
+    kernels: dict[str, KernelTable] = {}
+    for device, entries in programs.items():
+        kernels[device] = KernelTable()
+        families = families_of(device)
+        lowered[device] = [lower(program, kernels[device], table, families, precision) for program in entries]
     data = [ConstantData(item.key, item.dtype, item.shape, item.load) for item in table.constants]
     places = layout_constants(data)
     constants = [
         Constant(item.key, item.key, item.dtype, item.shape, *places[item.key], sources=item.recipe.sources)
         for item in table.constants
     ]
-    plans = tuple(entry.plan(constants) for entry in lowered)
-    return Generated(plans, tuple(kernels.kernels), tuple(data))
+    devices = {
+        device: DeviceCode(device, _plans(entries, constants), tuple(kernels[device].kernels))
+        for device, entries in lowered.items()
+    }
+    return Generated(devices, tuple(data))
+
+
+def families_of(device: str) -> Mapping[str, Family]:
+    """The kernel families of a kind of device, by the names that regions have."""
+    if device == "cpu":
+        from .c.families import FAMILIES
+
+        return FAMILIES
+    from .triton.families import FAMILIES as TRITON_FAMILIES
+
+    return TRITON_FAMILIES
 
 
 def build_kernels(
@@ -47,6 +92,16 @@ def build_kernels(
     cache: Cache | None,
     progress: Callable[[str], None] | None = None,
 ) -> list[TargetBinaries]:
-    """Compile the kernels for every target."""
+    """Compile the C kernels for every CPU target."""
     identity, size = weights_id(generated.constants)
-    return build(generated.plans, generated.kernels, Weights(identity, size), targets, compiler, cache, progress)
+    code = generated.devices["cpu"]
+    return build(code.plans, code.kernels, Weights(identity, size), targets, compiler, cache, progress)
+
+
+def _plans(entries: Sequence[Lowered], constants: Sequence[Constant]) -> tuple[Plan, ...]:
+    """The plans of one kind of device, all with the same list of constants: those that one of them reads."""
+    used: set[int] = set()
+    for entry in entries:
+        used |= entry.constants()
+    numbers = {old: new for new, old in enumerate(sorted(used))}
+    return tuple(entry.plan([constants[old] for old in numbers], numbers) for entry in entries)

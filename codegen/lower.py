@@ -86,7 +86,10 @@ class KernelTable:
 
 @dataclass
 class Lowered:
-    """One entry point, lowered: everything of the plan but the places of constants in the weight file."""
+    """One entry point, lowered: everything of the plan but the places of constants in the weight file.
+
+    ``initial`` are the constants that states start as, by their place in the table.
+    """
 
     program: Program
     symbols: tuple[Symbol, ...]
@@ -98,11 +101,31 @@ class Lowered:
     buffers: tuple[Buffer, ...]
     steps: tuple[Step, ...]
 
-    def plan(self, constants: Sequence[Constant]) -> Plan:
-        """The finished plan."""
+    initial: tuple[int, ...] = ()
+
+    def constants(self) -> set[int]:
+        """The constants that the entry point reads, by their place in the table."""
+        refs = (ref for step in self.steps for variant in step.variants for ref in variant.operands)
+        return {ref.index for ref in refs if ref.kind == "constant"} | set(self.initial)
+
+    def plan(self, constants: Sequence[Constant], numbers: Mapping[int, int]) -> Plan:
+        """The finished plan.
+
+        Args:
+            constants: those of the plan.
+            numbers: place in the table of constants -> place in ``constants``, for all of :meth:`constants`.
+        """
+
+        def place(ref: Ref) -> Ref:
+            return Ref("constant", numbers[ref.index]) if ref.kind == "constant" else ref
+
+        def placed(step: Step) -> Step:
+            variants = (replace(item, operands=tuple(map(place, item.operands))) for item in step.variants)
+            return replace(step, variants=tuple(variants))
+
         return Plan(
             self.program.name, self.symbols, self.inputs, self.outputs, self.results, self.checks, self.states,
-            tuple(constants), self.buffers, self.steps,
+            tuple(constants), self.buffers, tuple(map(placed, self.steps)),
         )  # fmt: skip
 
 
@@ -164,6 +187,7 @@ class _Lowering:
         self.inputs: list[Storage] = []
         self.states: list[Storage] = []
         self.outputs: list[Storage] = []
+        self.initial: list[int] = []
         self.output_of: dict[fx.Node, Storage] = {}
         self.steps: list[tuple[str, Sequence[Made], Origin, int]] = []
 
@@ -300,7 +324,7 @@ class _Lowering:
 
     def _finish(self, leaves: Sequence[Any]) -> Lowered:
         buffers = self._buffers()
-        steps = tuple(self._step(family, made, origin, results) for family, made, origin, results in self.steps)
+        steps = tuple(self._step(number, *step) for number, step in enumerate(self.steps))
         symbols = self._symbols()
         return Lowered(
             program=self.program,
@@ -311,13 +335,14 @@ class _Lowering:
             ),
             outputs=tuple(
                 Port(name, s.dtype, self._shape(s))
-                for name, s in zip(_output_names(self.program.results, leaves), self.outputs, strict=True)
+                for name, s in zip(output_names(self.program.results, leaves), self.outputs, strict=True)
             ),
             results=self._results(leaves),
             checks=self._checks(),
             states=tuple(self._state(state, s) for state, s in zip(self.program.states, self.states, strict=True)),
             buffers=plan_memory(buffers, _assignments(symbols)),
             steps=steps,
+            initial=tuple(self.initial),
         )
 
     def _buffers(self) -> list[Buffer]:
@@ -342,14 +367,14 @@ class _Lowering:
     def _shape(self, storage: Storage) -> tuple[Size, ...]:
         return tuple(map(self.symbols.public, storage.shape))
 
-    def _step(self, family: str, made: Sequence[Made], origin: Origin, results: int) -> Step:
+    def _step(self, number: int, family: str, made: Sequence[Made], origin: Origin, results: int) -> Step:
         variants = []
         name = ""
         public = self.symbols.public
         for item in made:
             code = item.code
             name = self.kernels.add(code)
-            operands = tuple(Ref(storage.kind, storage.index) for storage in item.storages)  # type: ignore[arg-type]
+            operands = tuple(_ref(storage, number) for storage in item.storages)
             work = (public(code.units), public(item.guard), public(code.flops), public(code.bytes))
             tiles = tuple(replace(tile, guard=public(tile.guard)) for tile in code.tiles)
             variants.append(Variant(name, operands, tuple(map(public, code.symbols)), *work, tiles=tiles))
@@ -413,7 +438,9 @@ class _Lowering:
                 shape,
                 lambda: tensor,
             )
-            initial = self.constants.constants[self.constants.request(recipe)].key
+            index = self.constants.request(recipe)
+            self.initial.append(index)
+            initial = self.constants.constants[index].key
         return StateBuffer(state.name, storage.dtype, shape, size, initial)
 
     def _results(self, leaves: Sequence[Any]) -> Any:
@@ -441,6 +468,12 @@ class _Lowering:
         return build(self.program.results)
 
 
+def _ref(storage: Storage, step: int) -> Ref:
+    """The plan's reference to a storage; the words of faults are numbered by step, counters are shared by all."""
+    index = step if storage.kind == "fault" else 0 if storage.kind == "counters" else storage.index
+    return Ref(storage.kind, index)  # type: ignore[arg-type]
+
+
 def _single_value(recipe: Recipe) -> float | int | bool | None:
     """The value of a constant with one element, which kernels write down instead of loading it."""
     if recipe.shape == () or (all(extent == 1 for extent in recipe.shape) and len(recipe.shape) <= 2):
@@ -448,7 +481,7 @@ def _single_value(recipe: Recipe) -> float | int | bool | None:
     return None
 
 
-def _output_names(tree: Any, leaves: Sequence[Any]) -> list[str]:
+def output_names(tree: Any, leaves: Sequence[Any]) -> list[str]:
     """A name per tensor result: its key in a dictionary, else ``output`` with its position."""
     names: dict[int, str] = {}
 

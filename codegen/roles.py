@@ -8,6 +8,9 @@ from .c import attention, convolution, matmul
 from .registry import all_lowerings
 from .values import LANES
 
+DEVICES = ("cpu", "cuda")
+"""The kinds of device that code is generated for; passes and lowering run once per kind."""
+
 _ANCHORS = {
     **dict.fromkeys(matmul.LINEAR | matmul.PRODUCTS, Anchor("matmul", (0, 1))),
     **dict.fromkeys(matmul.ADDED, Anchor("matmul", (1, 2))),
@@ -16,8 +19,14 @@ _ANCHORS = {
 }
 
 
-def fusion_roles() -> Roles:
-    """The operators that kernels can be made of."""
+def fusion_roles(device: str = "cpu") -> Roles:
+    """The operators that kernels can be made of.
+
+    Args:
+        device: the kind of device, ``"cpu"`` or ``"cuda"``; what one has no kernel for is missing from its table.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"there is no kind of device {device!r}; expected one of {', '.join(DEVICES)}")
     groups: dict[str, set[object]] = {}
     for target, lowering in all_lowerings().items():
         groups.setdefault(lowering.role, set()).add(target)

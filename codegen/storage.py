@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..passes.graph.program import Program
+from ..passes.graph.query import SMALL
 from ..passes.graph.regions import body, is_region
 from ..runtime.sizes import Size
 from .values import dtype_name
@@ -109,28 +110,52 @@ def recipe_of(program: Program, node: fx.Node) -> Recipe:
     if node.op == "get_attr":
         tensor = _attribute(program.module, str(node.target))
         source = str(node.meta.get("source", node.target))
-        identity: tuple[object, ...] = (
-            tensor.data_ptr() if tensor.numel() else source,
-            tuple(tensor.shape),
-            tensor.stride(),
-            tensor.dtype,
-        )
-        return Recipe(identity, (source,), source, dtype_name(tensor.dtype), tuple(tensor.shape), lambda: tensor)
+        return Recipe(
+            _identity(tensor, source, source == node.target), (source,), source, dtype_name(tensor.dtype),
+            tuple(tensor.shape), lambda: tensor,
+        )  # fmt: skip
     assert is_region(node, "constant"), node
     operands = [recipe_of(program, operand) for operand in node.all_input_nodes]
     module = body(node)
     value = node.meta["val"]
     sources = tuple(dict.fromkeys(source for operand in operands for source in operand.sources))
-    text = "\n".join(inner.format_node() or "" for inner in module.graph.nodes)
+    text = _meaning(module.graph)
     label = "+".join(sources[:4]) if sources else str(node.target)
-    own = [str(inner.meta.get("source", inner.target)) for inner in module.graph.nodes if inner.op == "get_attr"]
-    identity = (text, tuple(operand.identity for operand in operands), tuple(own))
+    own = tuple(
+        _identity(_attribute(module, str(inner.target)), str(inner.target), True)
+        for inner in module.graph.nodes
+        if inner.op == "get_attr"
+    )
+    identity = (text, tuple(operand.identity for operand in operands), own)
 
     def load() -> torch.Tensor:
         with torch.no_grad():
             return module(*(operand.load() for operand in operands))
 
     return Recipe(identity, sources, label, dtype_name(value.dtype), tuple(int(extent) for extent in value.shape), load)
+
+
+def _identity(tensor: torch.Tensor, name: str, made: bool) -> tuple[object, ...]:
+    """What tells a tensor from others: its memory, or the content of a small one that a pass has ``made``.
+
+    Every entry point and every kind of device has its own copies of those.
+    """
+    place: object = tensor.data_ptr() if tensor.numel() else name
+    if made and tensor.numel() * tensor.element_size() <= SMALL:
+        place = to_numpy(tensor).tobytes()
+    return place, tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _meaning(graph: fx.Graph) -> str:
+    """What a graph computes, in words that do not depend on the names of its nodes."""
+    numbers: dict[fx.Node, str] = {}
+    lines = []
+    for node in graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), numbers.__getitem__)
+        target = "" if node.op in ("placeholder", "get_attr", "output") else node.target
+        numbers[node] = f"%{len(numbers)}"
+        lines.append(f"{node.op} {target} {args} {kwargs}")
+    return "\n".join(lines)
 
 
 def is_constant(node: fx.Node) -> bool:

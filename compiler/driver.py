@@ -14,27 +14,33 @@ from typing import Any
 
 import torch
 
-from ..codegen import targets
 from ..codegen.artifact import check_output, write_artifact
 from ..codegen.c.toolchain import find_compiler
 from ..codegen.cache import user_cache
-from ..codegen.generate import build_kernels, generate
+from ..codegen.generate import Generated, build_kernels, generate
 from ..codegen.memory import measure
 from ..codegen.roles import fusion_roles
 from ..passes.graph.program import Program
 from ..passes.manager import PassManager, PassRecord
 from ..passes.pipeline import pipeline
-from ..runtime import cpu
-from ..runtime.errors import UsageError
 from ..runtime.model import load
 from ..runtime.plan import Plan
 from .options import CompileOptions, Entry
 from .samples import sample_sizes
 from .sources import open_source
 from .support import Unsupported, find_unsupported, require_supported
-from .verification import OutputError, first_divergence, reference_of, require_equal, verify_outputs
+from .targets import device_kinds, parse_targets
+from .verification import (
+    OutputError,
+    first_divergence,
+    reference_of,
+    require_equal,
+    verify_outputs,
+    verify_program,
+)
 
 Progress = Callable[[str, str], None]  # (phase, what it is at)
+Rewritten = dict[str, list[Program]]  # kind of device -> its programs after the passes, one per entry point
 
 
 @dataclass
@@ -44,7 +50,7 @@ class Artifact:
     Attributes:
         path: the directory.
         seconds: time per phase.
-        passes: per entry point, what every pass did.
+        passes: what every pass did, by the name of the plan (:func:`plan_name`).
         errors: outputs against eager PyTorch.
     """
 
@@ -81,10 +87,10 @@ def compile(  # noqa: A001 - the verb that users know
         args: sample positional inputs, where the source has none of its own.
         kwargs: sample keyword inputs.
         output: the directory to write; an artifact that is there is replaced, anything else is refused.
-        target: one target or several, such as ``"cpu:x86-64-v3,cpu:x86-64-v4"``; ``"cpu"`` is this machine.
+        target: one target or several, such as ``"cpu:x86-64-v3,cuda:sm_90"``; ``"cpu"`` is this machine.
         dynamic_shapes: which sizes vary (``compiler/shapes.py``).
         entries: several entry points over one set of weights and state.
-        precision: ``"auto"`` or ``"fp32"``.
+        precision: ``"auto"``, ``"fp32"``, and for GPUs ``"tf32"``, ``"fp16"`` or ``"bf16"`` (``compiler/options.py``).
         quantize: a quantization recipe (none is supported yet).
         verify: ``"final"`` compares the outputs with eager PyTorch, ``"passes"`` every intermediate graph too,
             ``"off"`` nothing.
@@ -123,21 +129,24 @@ class Compilation:
     ) -> Artifact:  # fmt: skip
         """All stages, from the source to a verified artifact."""
         check_output(output)
-        chosen = targets.parse_list(",".join(self.options.target), cpu.features())
-        compiler = find_compiler()
-        programs = self.capture(source, args, kwargs, shapes, entries, inputs)
-        references = [reference_of(program) for program in programs] if self.options.verify != "off" else []
-        records = self.rewrite(programs)
+        chosen = parse_targets(self.options.target)
+        compiler = find_compiler() if chosen.cpu else None
+        captured = self.capture(source, args, kwargs, shapes, entries, inputs)
+        references = [reference_of(program) for program in captured] if self.options.verify != "off" else []
+        programs, records = self.rewrite(captured)
         if self.options.stop_after is not None:
             return Artifact(output, self.seconds, records)
-        require_supported(programs, fusion_roles())
+        for device, rewritten in programs.items():
+            require_supported(rewritten, device)
         with self._phase("lower"):
-            generated = generate(programs)
+            generated = generate(programs, self.options.products)
+        binaries = []
         with self._phase("kernels") as detail:
-            binaries = build_kernels(generated, chosen, compiler, user_cache(), detail)
+            if compiler is not None:
+                binaries += build_kernels(generated, chosen.cpu, compiler, user_cache(), detail)
         errors: list[OutputError] = []
         with self._phase("write") as detail:
-            info = self._info(source, programs, generated.plans, records)
+            info = self._info(source, programs, generated, records)
             path = write_artifact(
                 output, plans=generated.plans, constants=generated.constants, targets=binaries, info=info,
                 progress=lambda done, total: detail(f"{done >> 20} of {total >> 20} MiB"),
@@ -150,34 +159,42 @@ class Compilation:
         entries: Mapping[str, Entry] | None = None, inputs: str | Path | None = None,
     ) -> list[Program]:  # fmt: skip
         """Stage one: the source as one program per entry point."""
-        self._check_options()
+        self.options.check(device_kinds(self.options.target))
         with self._phase("capture"):
             return open_source(source, args, kwargs, shapes, entries, inputs)
 
-    def rewrite(self, programs: Sequence[Program]) -> dict[str, list[PassRecord]]:
-        """Stage two: all passes over every program."""
+    def rewrite(self, captured: Sequence[Program]) -> tuple[Rewritten, dict[str, list[PassRecord]]]:
+        """Stage two: all passes over a copy of every program for each kind of device; what they did by plan name."""
+        programs: Rewritten = {}
         records = {}
+        devices = device_kinds(self.options.target)
         with self._phase("passes") as detail:
-            for program in programs:
-                folder = self.options.dump_dir
-                if folder is not None and len(programs) > 1:
-                    folder = folder / program.name
-                manager = PassManager(
-                    pipeline(fusion_roles()), dump_dir=folder, verify=self.options.verify == "passes",
-                    disabled=self.options.disable_passes, stop_after=self.options.stop_after, progress=detail,
-                )  # fmt: skip
-                records[program.name] = manager.run(program)
-        return records
+            for device in devices:
+                programs[device] = [reference_of(program) for program in captured]
+                for program in programs[device]:
+                    folder = self.options.dump_dir
+                    if folder is not None:
+                        folder = folder / device if len(devices) > 1 else folder
+                        folder = folder / program.name if len(captured) > 1 else folder
+                    manager = PassManager(
+                        pipeline(fusion_roles(device), device, self.options.precision), dump_dir=folder,
+                        verify=self.options.verify == "passes", disabled=self.options.disable_passes,
+                        stop_after=self.options.stop_after, precision=self.options.precision, progress=detail,
+                    )  # fmt: skip
+                    records[plan_name(program.name, device)] = manager.run(program)
+        return programs, records
 
-    def check(self, programs: Sequence[Program]) -> list[Unsupported]:
+    def check(self, programs: Rewritten) -> list[Unsupported]:
         """What of rewritten programs cannot be compiled; lowers them to find what operators alone do not tell."""
-        found = find_unsupported(programs, fusion_roles())
+        found = [item for device, each in programs.items() for item in find_unsupported(each, device)]
         if not found:
-            generate(programs)
+            generate(programs, self.options.products)
         return found
 
-    def verify(self, path: Path, references: Sequence[Program], lowered: Sequence[Program]) -> list[OutputError]:
+    def verify(self, path: Path, references: Sequence[Program], lowered: Rewritten) -> list[OutputError]:
         """The artifact against eager PyTorch, before it takes its place; nothing where verification is off.
+
+        GPU code that no GPU is here for is not run: then the program after the passes is, in eager PyTorch.
 
         Raises:
             NumericsError: lists the outputs beyond their tolerance, and what goes wrong first.
@@ -185,28 +202,38 @@ class Compilation:
         errors: list[OutputError] = []
         if not references:
             return errors
-        with self._phase("verify") as detail, load(path) as model:
-            for reference, program in zip(references, lowered, strict=True):
-                detail(reference.name)
-                entry = model.entry(reference.name)
-                found = verify_outputs(entry, reference)
-                wrong = next((error for error in found if not error.ok), None)
-                require_equal(found, first_divergence(entry, program, reference, wrong.sizes) if wrong else "")
-                errors += found
+        with self._phase("verify") as detail:
+            for device, programs in lowered.items():
+                for reference, program in zip(references, programs, strict=True):
+                    detail(plan_name(reference.name, device))
+                    if device == "cpu":
+                        errors += self._verify_on(path, device, reference, program)
+                    else:
+                        errors += self._verify_passes(device, reference, program)
         return errors
 
-    def _check_options(self) -> None:
-        if self.options.quantize is not None:
-            raise UsageError(
-                f"quantization ({self.options.quantize!r}) is not supported yet; compile without --quantize"
-            )
-        if self.options.precision not in ("auto", "fp32"):
-            raise UsageError(f"unknown precision {self.options.precision!r}: choose auto or fp32")
+    def _verify_on(self, path: Path, device: str, reference: Program, program: Program) -> list[OutputError]:
+        with load(path, device=device) as model:
+            entry = model.entry(reference.name)
+            found = verify_outputs(entry, reference)
+            wrong = next((error for error in found if not error.ok), None)
+            require_equal(found, first_divergence(entry, program, reference, wrong.sizes) if wrong else "")
+        return found
+
+    def _verify_passes(self, device: str, reference: Program, program: Program) -> list[OutputError]:
+        found = verify_program(program, reference, device, self.options.precision)
+        require_equal(found, "A pass changed the model: compile with --verify passes to find it.")
+        return found
 
     def _info(
-        self, source: Any, programs: Sequence[Program], plans: Sequence[Plan], records: Mapping[str, list[PassRecord]]
+        self, source: Any, programs: Rewritten, generated: Generated, records: Mapping[str, list[PassRecord]]
     ) -> dict[str, Any]:
         """What ``inspect`` shows beside the plan; nothing that differs between two machines or two runs."""
+        pairs = [
+            (plan_name(plan.entry, device), plan, program)
+            for device, code in generated.devices.items()
+            for plan, program in zip(code.plans, programs[device], strict=True)
+        ]
         return {
             "source": _source_name(source),
             "torch": torch.__version__.split("+")[0],
@@ -223,9 +250,7 @@ class Compilation:
                 ]
                 for name, entry in records.items()
             },
-            "memory": {
-                plan.entry: _memory(plan, sample_sizes(program)) for plan, program in zip(plans, programs, strict=True)
-            },
+            "memory": {name: _memory(plan, sample_sizes(program)) for name, plan, program in pairs},
         }
 
     @contextmanager
@@ -239,6 +264,11 @@ class Compilation:
         finally:
             inside = sum(self.seconds.values()) - before
             self.seconds[name] += time.perf_counter() - start - inside
+
+
+def plan_name(entry: str, device: str) -> str:
+    """The name of the plan of an entry point for a kind of device, which its file has."""
+    return entry if device == "cpu" else f"{entry}.{device}"
 
 
 def _source_name(source: Any) -> str:

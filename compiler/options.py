@@ -12,6 +12,15 @@ from ..runtime.errors import UsageError
 Verify = Literal["off", "final", "passes"]
 _VERIFY: tuple[str, ...] = ("off", "final", "passes")
 
+PRECISIONS: dict[str, str] = {
+    "auto": "the model's own types where the target computes in them, else float32, which loses nothing",
+    "fp32": "float32, half-precision models too",
+    "tf32": "float32, but products of 10-bit mantissas (GPUs only)",
+    "fp16": "float16, accumulated in float32 (GPUs only)",
+    "bf16": "bfloat16, accumulated in float32 (GPUs only)",
+}
+"""What ``--precision`` may be."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -38,7 +47,7 @@ class CompileOptions:
 
     Attributes:
         target: targets the artifact holds code for, most specific names as ``doctor`` lists them.
-        precision: ``"auto"`` or a floating-point type's name.
+        precision: one of :data:`PRECISIONS`.
         quantize: a quantization recipe's name, or None.
         verify: ``"off"``, ``"final"`` (outputs against eager PyTorch) or ``"passes"`` (every intermediate graph too).
         dump_dir: where to write each pass's graphs, diff and report, or None.
@@ -64,3 +73,24 @@ class CompileOptions:
             raise UsageError("no target given: name at least one, such as 'cpu'")
         if self.verify not in _VERIFY:
             raise UsageError(f"unknown verification level {self.verify!r}: choose one of {', '.join(_VERIFY)}")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"unknown precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+        if self.quantize is not None:
+            raise UsageError(f"quantization ({self.quantize!r}) is not supported yet; compile without --quantize")
+
+    @property
+    def products(self) -> str:
+        """How GPU kernels multiply float32: ``"ieee"`` or ``"tf32"``."""
+        return "tf32" if self.precision == "tf32" else "ieee"
+
+    def check(self, devices: Sequence[str]) -> None:
+        """Refuse what the kinds of device cannot do.
+
+        Raises:
+            UsageError: a CPU cannot compute in the precision.
+        """
+        if "cpu" in devices and self.precision not in ("auto", "fp32"):
+            also = " (compile for the GPU alone, into a directory of its own)" if len(devices) > 1 else ""
+            raise UsageError(
+                f"precision {self.precision!r} is for GPUs, and CPU kernels compute in fp32: choose auto or fp32{also}"
+            )

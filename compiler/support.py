@@ -10,9 +10,9 @@ from torch import fx
 
 from ..codegen.interpret import is_size
 from ..codegen.provenance import origin_of
+from ..codegen.roles import fusion_roles
 from ..passes.graph.program import Program
 from ..passes.graph.regions import is_region
-from ..passes.graph.roles import Roles
 from ..runtime.errors import UnsupportedOperator
 
 
@@ -25,6 +25,7 @@ class Unsupported:
     operator: str
     module: str
     source: str
+    device: str = "cpu"
 
     def __str__(self) -> str:
         where = " ".join(
@@ -33,29 +34,36 @@ class Unsupported:
         return f"{self.operator} (node {self.node}{', ' + where if where else ''})"
 
 
-def find_unsupported(programs: Sequence[Program], roles: Roles) -> list[Unsupported]:
-    """Nodes outside regions that fusion could make nothing of."""
+def find_unsupported(programs: Sequence[Program], device: str = "cpu") -> list[Unsupported]:
+    """Nodes outside regions that fusion could make nothing of.
+
+    Args:
+        programs: after the passes for the kind of device.
+        device: that kind.
+    """
+    roles = fusion_roles(device)
     found = []
     for program in programs:
         for node in program.graph.nodes:
             if _is_plain(node) or (node.op == "call_function" and roles.known(node.target)):
                 continue
             origin = origin_of(node)
-            found.append(Unsupported(program.name, node.name, str(node.target), origin.module, origin.source))
+            found.append(Unsupported(program.name, node.name, str(node.target), origin.module, origin.source, device))
     return found
 
 
-def require_supported(programs: Sequence[Program], roles: Roles) -> None:
-    """Raise for everything that is unsupported.
+def require_supported(programs: Sequence[Program], device: str = "cpu") -> None:
+    """Raise for everything that is unsupported; arguments as for :func:`find_unsupported`.
 
     Raises:
         UnsupportedOperator: lists every node.
     """
-    found = find_unsupported(programs, roles)
+    found = find_unsupported(programs, device)
     if found:
         lines = "\n".join(f"  {item}" for item in found)
+        where = "" if device == "cpu" else f" for {device}"
         raise UnsupportedOperator(
-            f"{len(found)} operator{'s are' if len(found) > 1 else ' is'} not supported:\n{lines}\n"
+            f"{len(found)} operator{'s are' if len(found) > 1 else ' is'} not supported{where}:\n{lines}\n"
             "Rewrite these lines of the model with supported operators (docs/operators.md lists them), or leave the "
             "part out with an entry point that starts after it."
         )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..codegen.lower import output_names
 from ..passes.base import Report
 from ..passes.graph.program import Program
 from ..passes.graph.regions import is_region
@@ -33,6 +34,7 @@ class OutputError:
     sizes: Mapping[str, int]
     error: float
     tolerance: float
+    device: str = "cpu"
 
     @property
     def ok(self) -> bool:
@@ -41,7 +43,8 @@ class OutputError:
 
     def __str__(self) -> str:
         at = ", ".join(f"{name}={value}" for name, value in self.sizes.items())
-        found = f"{self.entry}: {self.output}: error {self.error:.2e}, tolerance {self.tolerance:.0e}"
+        where = "" if self.device == "cpu" else f" for {self.device}"
+        found = f"{self.entry}{where}: {self.output}: error {self.error:.2e}, tolerance {self.tolerance:.0e}"
         return f"{found} at {at}" if at else found
 
 
@@ -97,6 +100,34 @@ def verify_outputs(entry: Entry, reference: Program) -> list[OutputError]:
         results = zip(entry.plan.outputs, expected, run_entry(entry, inputs, values), strict=False)
         for port, (want, tolerance), got in results:
             found.append(OutputError(entry.name, port.name, values, error_of(want, got), tolerance))
+    return found
+
+
+def verify_program(
+    program: Program, reference: Program, device: str = "cuda", precision: str = "auto"
+) -> list[OutputError]:
+    """Run a program after the passes in eager PyTorch against the one before them, at several sizes.
+
+    This is what can be said of code for a device that is not here. Integers that follow from half-precision numbers
+    are not compared: a unit in the last place decides them.
+
+    Args:
+        program: after the passes, of regions.
+        reference: the program as captured (:func:`reference_of`).
+        device: the kind of device that the program is for.
+        precision: what it was asked to compute in; a coarser one than the model's sets the tolerance.
+    """
+    (returned,) = program.graph.output_node().args
+    names = output_names(program.results, returned[: len(returned) - len(program.states)])  # type: ignore[index, arg-type]
+    limits = tolerances_of(reference, precision)
+    found = []
+    for values in assignments(reference):
+        inputs = make_inputs(reference, values)
+        pairs = zip(reference.run(inputs), program.run(inputs), limits, strict=True)
+        tensors = [item for item in pairs if isinstance(item[0], torch.Tensor)]
+        for name, (want, got, limit) in zip(names, tensors, strict=False):
+            if limit < inf:
+                found.append(OutputError(program.name, name, values, error_of(want, got), limit, device))
     return found
 
 

@@ -68,6 +68,7 @@ class PassManager:
         verify: run every intermediate graph in eager PyTorch on the sample inputs and recompute all shapes.
         disabled: names or labels of passes to leave out.
         stop_after: name (the last pass of that name) or label of the pass to stop after.
+        precision: what the program was asked to compute in, which sets the tolerances.
         progress: called with a label before that pass runs.
 
     Raises:
@@ -82,6 +83,7 @@ class PassManager:
         verify: bool = False,
         disabled: Iterable[str] = (),
         stop_after: str | None = None,
+        precision: str = "auto",
         progress: Callable[[str], None] | None = None,
     ) -> None:
         labelled = [(f"{index:02d}_{one.name}", one) for index, one in enumerate(passes, 1)]
@@ -95,6 +97,7 @@ class PassManager:
         self.passes = [(label, one) for label, one in labelled if not {label, one.name} & off]
         self.dump_dir = Path(dump_dir) if dump_dir is not None else None
         self.verify = verify
+        self.precision = precision
         self.progress = progress
 
     def run(self, program: Program) -> list[PassRecord]:
@@ -105,7 +108,7 @@ class PassManager:
             NumericsError: the first pass after which an output is beyond tolerance; only where passes are verified.
         """
         records: list[PassRecord] = []
-        reference = Reference(run_eager(program), tolerances_of(program)) if self.verify else None
+        reference = Reference(run_eager(program), tolerances_of(program, self.precision)) if self.verify else None
         try:
             for label, one in self.passes:
                 if self.progress:

@@ -24,15 +24,18 @@ from .widen_floats import WidenFloats
 from .write_out_attention import WriteOutAttention
 
 
-def pipeline(roles: Roles) -> list[Pass]:
+def pipeline(roles: Roles, device: str = "cpu", precision: str = "auto") -> list[Pass]:
     """The passes from a captured program to one that lowering takes.
 
     Args:
         roles: what each kernel family can take in, as code generation describes it; for ``FuseOperators``.
+        device: the kind of device that the program is for, ``"cpu"`` or ``"cuda"``.
+        precision: what to compute in (``--precision``).
     """
+    cpu = device == "cpu"
     return [
-        # Before anything looks at dtypes: no CPU kernel computes in half precision yet.
-        WidenFloats(),
+        # Before anything looks at dtypes: no CPU kernel computes in half precision yet. GPU kernels do.
+        *([WidenFloats()] if cpu or precision == "fp32" else []),
         # Numbers and masks that are computed become constants, which the canonical form then writes as numbers. Large
         # ones wait: weights are still going to change.
         FoldConstants(outline=False),
@@ -69,6 +72,6 @@ def pipeline(roles: Roles) -> list[Pass]:
         EliminateDeadCode(),
         # Everything is in its final form: group it into kernels.
         FuseOperators(roles),
-        # Values between kernels exist only now.
-        AlignLayouts(roles),
+        # Values between kernels exist only now. GPU kernels store rows.
+        *([AlignLayouts(roles)] if cpu else []),
     ]

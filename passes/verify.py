@@ -71,17 +71,28 @@ def compare(reference: Sequence[Any], values: Sequence[Any]) -> list[float]:
     return errors
 
 
-def tolerances_of(program: Program) -> list[float]:
+# Precisions that are coarser than a model's own types may be, by the type that says how exact they are: products of
+# tf32 have the mantissa of float16.
+COARSER: dict[str, torch.dtype] = {"tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def tolerances_of(program: Program, precision: str = "auto") -> list[float]:
     """The largest error of each output: that of the coarsest floating type on its way, and 0 where it is no float.
 
     A float32 output of a model that computes in bfloat16 is as exact as bfloat16. An integer or a boolean that follows
     from half-precision numbers may be any other (a unit in the last place decides a comparison): infinite.
+
+    Args:
+        program: before the passes.
+        precision: what it was asked to compute in (``--precision``).
     """
+    least = TOLERANCES[COARSER[precision]] if precision in COARSER else 0.0
     coarsest: dict[fx.Node, float] = {}
     for node in program.graph.nodes:
         value = node.meta.get("val")
         parts = value if isinstance(value, tuple | list) else (value,)
-        own = [TOLERANCES.get(part.dtype, 0.0) for part in parts if isinstance(part, torch.Tensor)]
+        floats = [part.dtype for part in parts if isinstance(part, torch.Tensor) and part.dtype in TOLERANCES]
+        own = [max(TOLERANCES[dtype], least) for dtype in floats]
         before = [coarsest[operand] for operand in node.all_input_nodes]
         coarsest[node] = max([*(own if node.op not in ("placeholder", "get_attr") else []), *before], default=0.0)
     (results,) = program.graph.output_node().args

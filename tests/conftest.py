@@ -63,7 +63,7 @@ def build(tmp_path: Path) -> Iterator[Callable[..., Model]]:
     models: list[Model] = []
 
     def run(programs: Sequence[Program], target: str = "cpu", threads: int = 2) -> Model:
-        generated: Generated = generate(programs)
+        generated: Generated = generate({"cpu": programs})
         chosen = [targets.parse(target, cpu.features())]
         binaries = build_kernels(generated, chosen, find_compiler(), user_cache())
         path = write_artifact(

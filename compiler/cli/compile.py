@@ -109,8 +109,8 @@ def compile_source(
         dimensions = parse_options(shapes) or None
         compilation = Compilation(chosen, progress)
         if check or output is None:
-            programs = compilation.capture(source, shapes=dimensions, inputs=inputs)
-            records = compilation.rewrite(programs)
+            captured = compilation.capture(source, shapes=dimensions, inputs=inputs)
+            programs, records = compilation.rewrite(captured)
             unsupported = compilation.check(programs) if check else []
         else:
             done = compilation.run(source, (), None, Path(output), dimensions, inputs=inputs)

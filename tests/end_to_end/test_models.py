@@ -143,7 +143,7 @@ def test_all_passes_against_none_and_eager(name, monkeypatch, isolate, tmp_path)
 
 def _outputs(program: Program, target: targets.Target, runs: list[Any], path: Path) -> list[list[np.ndarray]]:
     """What the program's artifact gives for the inputs of every run."""
-    generated = generate([program])
+    generated = generate({"cpu": [program]})
     binaries = build_kernels(generated, [target], find_compiler(), user_cache())
     write_artifact(path, plans=generated.plans, constants=generated.constants, targets=binaries, info={})
     with tilewright.load(path, threads=2) as model:

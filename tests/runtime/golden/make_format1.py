@@ -62,7 +62,7 @@ def main(output: Path) -> None:
     programs = open_source(module, entries=entries)
     for program in programs:
         PassManager(pipeline(fusion_roles())).run(program)
-    generated = generate(programs)
+    generated = generate({"cpu": programs})
     (built,) = build_kernels(generated, [targets.parse("cpu:x86-64-v3", ())], find_compiler(), None)
     small = {name: data for name, data in built.files.items() if not name.startswith("tw_")}
     write_artifact(

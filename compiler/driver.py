@@ -76,6 +76,7 @@ def compile(  # noqa: A001 - the verb that users know
     disable_passes: Iterable[str] = (),
     stop_after: str | None = None,
     inputs: str | Path | None = None,
+    ptx: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a model into an artifact directory.
@@ -98,6 +99,7 @@ def compile(  # noqa: A001 - the verb that users know
         disable_passes: exact names of passes to leave out.
         stop_after: name of the last pass to run; then no artifact is written.
         inputs: an ``.npz`` file with sample inputs by name.
+        ptx: also store PTX, which GPUs newer than the targets compile when they load it.
         progress: called with (phase, detail) as the work goes on.
 
     Raises:
@@ -111,6 +113,7 @@ def compile(  # noqa: A001 - the verb that users know
         dump_dir=Path(dump_dir) if dump_dir is not None else None,
         disable_passes=frozenset(disable_passes),
         stop_after=stop_after,
+        ptx=ptx,
     )
     return Compilation(options, progress).run(source, args, kwargs, Path(output), dynamic_shapes, entries, inputs)
 

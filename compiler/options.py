@@ -53,6 +53,7 @@ class CompileOptions:
         dump_dir: where to write each pass's graphs, diff and report, or None.
         disable_passes: exact names of passes to leave out.
         stop_after: name of the last pass to run, or None.
+        ptx: store PTX beside the kernels of the newest architecture, which newer GPUs compile when they load it.
     """
 
     target: tuple[str, ...] = ("cpu",)
@@ -62,6 +63,7 @@ class CompileOptions:
     dump_dir: Path | None = None
     disable_passes: frozenset[str] = field(default_factory=frozenset)
     stop_after: str | None = None
+    ptx: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that no later stage could make sense of.
@@ -87,8 +89,10 @@ class CompileOptions:
         """Refuse what the kinds of device cannot do.
 
         Raises:
-            UsageError: a CPU cannot compute in the precision.
+            UsageError: a CPU cannot compute in the precision, or there is no GPU to store PTX for.
         """
+        if self.ptx and "cuda" not in devices:
+            raise UsageError("--ptx is for GPUs, and no target is one; name one, such as cuda:sm_90")
         if "cpu" in devices and self.precision not in ("auto", "fp32"):
             also = " (compile for the GPU alone, into a directory of its own)" if len(devices) > 1 else ""
             raise UsageError(

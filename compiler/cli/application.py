@@ -18,9 +18,11 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 # Top-level modules of the optional dependencies, by the extra that brings them.
 _EXTRAS = {
-    "compile": ("torch", "onnx", "networkx", "jinja2", "safetensors", "transformers", "ziglang", "sympy"),
+    "compile": ("torch", "onnx", "networkx", "jinja2", "safetensors", "transformers", "ziglang", "sympy", "triton"),
     "text": ("tokenizers",),
+    "cuda": ("cuda",),
 }
+_USES = {"compile": "the compiler", "text": "a tokenizer", "cuda": "NVIDIA's driver bindings"}
 
 
 class Application(click.Group):
@@ -106,8 +108,9 @@ def _missing_module(error: ModuleNotFoundError) -> str:
     missing = (error.name or "").partition(".")[0]
     for extra, modules in _EXTRAS.items():
         if missing in modules:
-            need = "the compiler" if extra == "compile" else "a tokenizer"
-            return f"this command needs {need}, but {missing} is not installed; pip install 'tilewright[{extra}]'"
+            return (
+                f"this command needs {_USES[extra]}, but {missing} is not installed; pip install 'tilewright[{extra}]'"
+            )
     return f"the module {error.name} is not installed; this installation of Tilewright is incomplete, install it again"
 
 

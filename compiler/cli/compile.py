@@ -38,6 +38,7 @@ Sizes that vary are named per input, one entry per axis:
 Examples:
   tilewright compile path/to/minilm -o minilm.tw
   tilewright compile resnet50 -o resnet50.tw --target cpu:x86-64-v3,cpu:x86-64-v4
+  tilewright compile vit_b16 -o vit.tw --target cuda:sm_90,cuda:sm_80 --precision bf16
   tilewright compile net.onnx -o net.tw --shape "image=1,3,224,224" --inputs sample.npz
   tilewright compile file.py:build --check
   tilewright compile resnet50 -o r.tw --dump-dir passes --verify passes
@@ -56,7 +57,11 @@ compared with eager PyTorch at several sizes before the command succeeds (--veri
 )  # fmt: skip
 @options.source_shapes
 @options.sample_inputs
-@click.option("--precision", default="auto", show_default=True, metavar="P", help="What to compute in: auto or fp32.")
+@click.option(
+    "--precision", default="auto", show_default=True, metavar="P",
+    help="What to compute in: auto or fp32; on GPUs also tf32, fp16, bf16.",
+)  # fmt: skip
+@click.option("--ptx", is_flag=True, help="Also store PTX, which GPUs newer than the targets can compile.")
 @click.option("--quantize", metavar="RECIPE", help="Quantize the weights by a recipe (none is supported yet).")
 @click.option("--dump-dir", metavar="D", help="Write the graphs before and after every pass, diffs and reasons.")
 @click.option(
@@ -75,6 +80,7 @@ def compile_source(
     shapes: tuple[str, ...],
     inputs: str | None,
     precision: str,
+    ptx: bool,
     quantize: str | None,
     dump_dir: str | None,
     verify: str,
@@ -105,6 +111,7 @@ def compile_source(
             dump_dir=Path(dump_dir) if dump_dir else None,
             disable_passes=frozenset(disabled),
             stop_after=stop_after,
+            ptx=ptx,
         )
         dimensions = parse_options(shapes) or None
         compilation = Compilation(chosen, progress)
@@ -129,8 +136,8 @@ def _report_check(source: str, unsupported: list[Any], as_json: bool) -> None:
     if as_json:
         emit_json({"source": source, "supported": not unsupported, "unsupported": [vars(item) for item in unsupported]})
     elif unsupported:
-        rows = [(item.operator, item.node, item.module, item.source) for item in unsupported]
-        table(("operator", "node", "module", "source"), rows, "llll")
+        rows = [(item.operator, item.device, item.node, item.module, item.source) for item in unsupported]
+        table(("operator", "for", "node", "module", "source"), rows, "lllll")
     else:
         click.echo(f"{source}: every operator is supported")
     if unsupported:

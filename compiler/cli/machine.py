@@ -33,7 +33,7 @@ from ...runtime.threads import cpu_quota, default_threads
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*(?:\[[^\]]*\])?\s*([^;]*)(?:;(.*))?")
 _EXTRA = re.compile(r"extra\s*==\s*['\"]([\w-]+)['\"]")
 _BOUND = re.compile(r"(>=|<=|==|!=|<|>)\s*([\d.]+)")
-_SHOWN_EXTRAS = {"": "running", "compile": "compiling", "text": "tokenizing"}
+_SHOWN_EXTRAS = {"": "running", "compile": "compiling", "cuda": "running on GPUs", "text": "tokenizing"}
 _PROBE = Source(
     "doctor_probe",
     "#include <math.h>\n#include <stdint.h>\n"

@@ -1,6 +1,7 @@
 """Changes to Triton's interpreter (3.6 to 3.9), made once in the worker.
 
 - It patches ``triton.language`` at every launch and every call of a function, a millisecond each: here once.
+- It builds types and shapes anew for every value, half of the time that an operation takes: here once for each shape.
 - It computes bfloat16 on the raw bits and truncates where a GPU rounds to the nearest: here with ml_dtypes.
 - It reduces with a custom function element by element: here whole slices at a time, in the order of neighbours.
 - It reads and writes any address, and a wrong one ends the process or goes unnoticed: here every access is checked
@@ -36,6 +37,7 @@ class Bounds:
 
     def check(self, pointers: np.ndarray, mask: np.ndarray, item: int) -> None:
         """Raise IndexError unless every address that the mask lets through lies in an operand."""
+        mask = np.asarray(mask)  # Triton 3.6 gives a memoryview for descriptors
         used = pointers if mask.all() else pointers[np.broadcast_to(mask, pointers.shape)]
         if not used.size:
             return
@@ -57,6 +59,7 @@ def apply() -> Bounds:
     """Change the interpreter of this process; returns what says where kernels may read and write."""
     bounds = Bounds()
     _patch_language_once()
+    _keep_types()
     _check_accesses(bounds)
     _compute_bfloat16()
     ReduceOps.generic_reduce = _reduce_slices
@@ -69,8 +72,33 @@ def _patch_language_once() -> None:
         """Has the globals that say what is to be patched."""
 
     interpreter._patch_lang(FunctionType(scope.__code__, {"tl": tl, "core": tl.core}))
-    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+    interpreter._patch_lang = lambda function: None
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    tl.tensor.__index__ = lambda self: self.handle.data.item()  # Triton 3.6 converts what NumPy 2 refuses
+
+
+def _keep_types() -> None:
+    plain = tl.block_type.__init__
+    types: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def block_type(self: Any, element_ty: tl.dtype, shape: Any) -> None:
+        key = (element_ty.name, *[size if isinstance(size, int) else size.value for size in shape])
+        if key not in types:
+            plain(self, element_ty, shape)
+            sizes = [tl.constexpr(size) for size in self.shape]
+            self.tw_shape, self.tw_numel = type(self.shape)(sizes), tl.constexpr(self.numel)
+            types[key] = dict(vars(self))
+        else:
+            self.__dict__.update(types[key])
+
+    scalar_shape, scalar_numel = tl.tuple([]), tl.constexpr(1)
+
+    def tensor(self: Any, handle: Any, type: tl.dtype) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = (type.tw_shape, type.tw_numel) if type.is_block() else (scalar_shape, scalar_numel)
+
+    tl.block_type.__init__ = block_type
+    tl.tensor.__init__ = tensor
 
 
 def _check_accesses(bounds: Bounds) -> None:
@@ -91,7 +119,7 @@ def _check_accesses(bounds: Bounds) -> None:
         return native.atomic_rmw(operation, pointers, value, mask, order)
 
     def atomic_cas(pointers: np.ndarray, compare: np.ndarray, value: np.ndarray, order: Any) -> np.ndarray:
-        bounds.check(pointers, np.True_, value.dtype.itemsize)
+        bounds.check(pointers, np.ones(1, np.bool_), value.dtype.itemsize)
         return native.atomic_cas(pointers, compare, value, order)
 
     checked = ModuleType("checked_interpreter")
@@ -103,10 +131,13 @@ def _check_accesses(bounds: Bounds) -> None:
 def _compute_bfloat16() -> None:
     plain = interpreter._get_np_dtype
     convert = interpreter._convert_float
+    known: dict[str, np.dtype] = {tl.bfloat16.name: BFLOAT16}
 
     def numpy_dtype(dtype: tl.dtype) -> np.dtype:
-        pointer = isinstance(dtype.scalar, tl.pointer_type)
-        return BFLOAT16 if not pointer and dtype.scalar == tl.bfloat16 else plain(dtype)
+        scalar = dtype.scalar
+        if scalar.name not in known:
+            known[scalar.name] = plain(scalar)
+        return known[scalar.name]
 
     def cast(self: InterpreterBuilder, source: TensorHandle, dtype: tl.dtype) -> TensorHandle:
         return TensorHandle(source.data.astype(numpy_dtype(dtype)), dtype.scalar)

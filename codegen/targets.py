@@ -1,22 +1,43 @@
 """The targets: what ``--target`` may name, each compiler's flags for it, and what the processor must have.
 
-A target is a base instruction set and extensions: ``cpu:x86-64-v4+vnni+bf16``. ``cpu`` alone means this machine and is
-resolved to one of the others before anything is compiled, so an artifact never says just ``cpu``. Feature names are
+A CPU target is a base instruction set and extensions: ``cpu:x86-64-v4+vnni+bf16``. ``cpu`` alone means this machine and
+is resolved to one of the others before anything is compiled, so an artifact never says just ``cpu``. Feature names are
 those of the ``flags`` line of ``/proc/cpuinfo``; the loader compares the two before it opens a library.
+
+A GPU target is an architecture, ``cuda:sm_90``; what each can do is in :mod:`~tilewright.codegen.architectures`.
+``cuda`` alone means the GPU of this machine, and only then a driver is asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
 from ..runtime.errors import UsageError
+from .architectures import ARCHITECTURES, Architecture, of_this_machine
 
 CompilerKind = Literal["gcc", "clang", "zig"]
 
 GLIBC_FLOOR = (2, 28)
 """Oldest C library (major, minor) on which compiled kernels must load."""
+
+
+DeviceKind = Literal["cpu", "cuda"]
+
+
+class AnyTarget(Protocol):
+    """What targets of all kinds of device have."""
+
+    @property
+    def name(self) -> str:
+        """Canonical spelling; also the name of its folder after the colon."""
+        ...
+
+    @property
+    def device(self) -> DeviceKind:
+        """The kind of device that its kernels run on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,10 +76,11 @@ EXTENSIONS = (
 
 @dataclass(frozen=True)
 class Target:
-    """A resolved target. Equal targets have equal names; extensions stand in the table's order."""
+    """A resolved CPU target. Equal targets have equal names; extensions stand in the table's order."""
 
     base: Base
     extensions: tuple[Extension, ...] = ()
+    device: ClassVar[DeviceKind] = "cpu"
 
     @property
     def name(self) -> str:
@@ -88,8 +110,21 @@ class Target:
         return (f"-march={self.base.name}", *(extension.flag for extension in self.extensions), width)
 
 
+@dataclass(frozen=True)
+class GpuTarget:
+    """A GPU target: kernels for one architecture."""
+
+    architecture: Architecture
+    device: ClassVar[DeviceKind] = "cuda"
+
+    @property
+    def name(self) -> str:
+        """Canonical spelling, such as ``cuda:sm_90``."""
+        return f"cuda:{self.architecture.name}"
+
+
 def known() -> tuple[Target, ...]:
-    """Every target there is, weakest first."""
+    """Every CPU target there is, weakest first."""
     targets = []
     for base in BASES:
         fitting = [extension for extension in EXTENSIONS if base.name in extension.bases]
@@ -98,12 +133,30 @@ def known() -> tuple[Target, ...]:
     return tuple(targets)
 
 
-def parse(text: str, machine: Collection[str]) -> Target:
+def known_gpus() -> tuple[GpuTarget, ...]:
+    """Every GPU target there is, oldest first."""
+    return tuple(GpuTarget(architecture) for architecture in ARCHITECTURES)
+
+
+def parse(text: str, machine: Collection[str]) -> Target | GpuTarget:
     """The target that a name stands for.
 
     Args:
-        text: ``cpu`` (this machine) or ``cpu:BASE[+EXTENSION...]``, extensions in any order.
+        text: ``cpu`` or ``cuda`` (this machine), ``cpu:BASE[+EXTENSION...]``, extensions in any order, or
+            ``cuda:ARCHITECTURE``.
         machine: the features of this processor, for ``cpu``.
+
+    Raises:
+        UsageError: no such target, this machine is below the weakest one or has no GPU; lists the targets.
+    """
+    text = text.strip()
+    if text.partition(":")[0] == "cuda":
+        return _parse_gpu(text)
+    return parse_cpu(text, machine)
+
+
+def parse_cpu(text: str, machine: Collection[str]) -> Target:
+    """The CPU target that a name stands for; see :func:`parse`.
 
     Raises:
         UsageError: no such target, or this machine is below the weakest one; lists the targets.
@@ -127,7 +180,16 @@ def parse(text: str, machine: Collection[str]) -> Target:
     return Target(base, tuple(extension for extension in EXTENSIONS if extension.name in extension_names))
 
 
-def parse_list(text: str, machine: Collection[str]) -> tuple[Target, ...]:
+def _parse_gpu(text: str) -> GpuTarget:
+    if text == "cuda":
+        return GpuTarget(of_this_machine())
+    target = next((target for target in known_gpus() if target.name == text), None)
+    if target is None:
+        raise UsageError(f"unknown target {text!r}.\n{_listing()}")
+    return target
+
+
+def parse_list(text: str, machine: Collection[str]) -> tuple[Target | GpuTarget, ...]:
     """Comma-separated targets in the order given, each once.
 
     Raises:
@@ -156,4 +218,9 @@ def best(machine: Collection[str]) -> Target:
 
 
 def _listing() -> str:
-    return "Targets: cpu (this machine), " + ", ".join(target.name for target in known())
+    return (
+        "Targets: cpu (this machine), "
+        + ", ".join(target.name for target in known())
+        + ", cuda (this machine), "
+        + ", ".join(target.name for target in known_gpus())
+    )

@@ -1,4 +1,4 @@
-"""Fixtures for kernels in Triton: ``interpret`` runs a source on numpy arrays, without a GPU.
+"""Fixtures for kernels in Triton: ``interpret`` runs a source on numpy arrays, ``compile_cubin`` compiles it for a GPU.
 
 ::
 
@@ -8,6 +8,12 @@
 Arguments of the kernel are the arrays, then the sizes, then the constants. Arrays are copied, C-contiguous and 16-byte
 aligned, next to no other; what the kernel touches outside of them fails the test. The result has all arrays as they
 are afterwards. bfloat16 arrays have the dtype ``ml_dtypes.bfloat16``; bool arrays are uint8 to the kernel.
+
+::
+
+    def test_it(compile_cubin):
+        compile_cubin.good(source, "kernel", ["*fp32", "*fp32", "i32"], tile)      # no spills on sm_80 and sm_90
+        binary = compile_cubin(source, "kernel", ["*fp32", "*fp32", "i32"], tile, "sm_90")
 """
 
 from __future__ import annotations
@@ -20,9 +26,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tilewright.codegen.architectures import architecture
+from tilewright.codegen.lower import KernelSource
+from tilewright.codegen.triton.compiler import Compiled, Job, compile_jobs, headers
+from tilewright.codegen.triton.pool import Pool
 from tilewright.runtime.interpreter.launch import Launch, Operand
 from tilewright.runtime.interpreter.memory import Shared
 from tilewright.runtime.interpreter.process import Interpreter
+from tilewright.runtime.plan import Tile
 
 TEMPLATES = Path(__file__).parents[3] / "codegen" / "templates" / "triton"
 GAP = 64
@@ -71,3 +82,37 @@ def interpret(tmp_path_factory: pytest.TempPathFactory):
     runner = Interpret(tmp_path_factory.mktemp("interpret"))
     yield runner
     runner.interpreter.close()
+
+
+class CompileCubin:
+    """Compiles kernel sources ahead of time; workers and results serve all tests of a session."""
+
+    def __init__(self) -> None:
+        self.pool = Pool(headers())
+        self.compiled: dict[tuple[object, ...], Compiled] = {}
+
+    def __call__(self, source_text: str, name: str, signature: Sequence[str], tile: Tile, arch: str) -> Compiled:
+        """The binary of kernel ``name`` with the constants of a tile for an architecture such as ``"sm_90"``.
+
+        Checks that the parameters are those of the signature. Whether registers spill or shared memory is exceeded
+        says ``problem(architecture(arch))`` of the result.
+        """
+        key = (source_text, name, tuple(signature), tile, arch)
+        if key not in self.compiled:
+            kernel = KernelSource(name, "test", source_text, (tile,), tuple(signature))
+            [self.compiled[key]] = compile_jobs([Job(kernel, tile, architecture(arch))], pool=self.pool)
+        return self.compiled[key]
+
+    def good(self, source_text: str, name: str, signature: Sequence[str], tile: Tile, *archs: str) -> None:
+        """Fail where the kernel spills or exceeds shared memory, on sm_80 and sm_90 if no other is named."""
+        for arch in archs or ("sm_80", "sm_90"):
+            problem = self(source_text, name, signature, tile, arch).problem(architecture(arch))
+            assert not problem, f"{name} [{tile.name}] on {arch}: {problem}"
+
+
+@pytest.fixture(scope="session")
+def compile_cubin():
+    """``compile_cubin(source, name, signature, tile, arch)`` compiles a kernel; see :class:`CompileCubin`."""
+    compiler = CompileCubin()
+    yield compiler
+    compiler.pool.close()

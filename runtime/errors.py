@@ -14,6 +14,10 @@ class CompileError(TilewrightError):
     """A stage of the compiler failed: a C compiler's message, a pass, a full disk."""
 
 
+class InterpreterError(TilewrightError):
+    """A GPU kernel failed in the interpreter, the interpreter itself ended, or Triton is not installed."""
+
+
 class ShapeError(TilewrightError):
     """An input does not fit what was compiled: names the input, what was expected and what came."""
 

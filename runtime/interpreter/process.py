@@ -15,15 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import TilewrightError
+from ..errors import InterpreterError
 from . import messages
 from .launch import Launch
 
 WORKER = f"{__package__}.worker"
-
-
-class InterpreterError(TilewrightError):
-    """A kernel failed in the interpreter, or the interpreter itself ended."""
 
 
 class Interpreter:

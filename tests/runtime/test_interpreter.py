@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tilewright.runtime.errors import InterpreterError
 from tilewright.runtime.interpreter.launch import Launch, Operand
 from tilewright.runtime.interpreter.memory import Shared
-from tilewright.runtime.interpreter.process import Interpreter, InterpreterError
+from tilewright.runtime.interpreter.process import Interpreter
 
 SOURCE = """
 import triton

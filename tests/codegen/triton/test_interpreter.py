@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tilewright.runtime.interpreter.process import InterpreterError
+from tilewright.runtime.errors import InterpreterError
 
 HEAD = "import triton\nimport triton.language as tl\n\n\n@triton.jit\n"
 FLOATS = [np.float32, np.float16, ml_dtypes.bfloat16]

@@ -3,7 +3,7 @@
 - It patches ``triton.language`` at every launch and every call of a function, a millisecond each: here once.
 - It builds types and shapes anew for every value, half of the time that an operation takes: here once for each shape.
 - It computes bfloat16 on the raw bits and truncates where a GPU rounds to the nearest: here with ml_dtypes.
-- It reduces with a custom function element by element: here whole slices at a time, in the order of neighbours.
+- It reduces and scans with a custom function element by element: here whole slices at a time.
 - In Triton 3.6 it rounds a fused multiply-add twice.
 - It reads and writes any address, and a wrong one ends the process or goes unnoticed: here every access is checked
   against the operands.
@@ -20,7 +20,7 @@ import triton.language as tl
 from ml_dtypes import bfloat16
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, ReduceOps, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, ReduceOps, ScanOps, TensorHandle
 
 BFLOAT16 = np.dtype(bfloat16)
 
@@ -65,6 +65,7 @@ def apply() -> Bounds:
     _check_accesses(bounds)
     _compute_bfloat16()
     ReduceOps.generic_reduce = _reduce_slices
+    ScanOps.generic_scan = _scan_slices
     if not hasattr(interpreter._interpreter, "fma_fp64"):
         InterpreterBuilder.create_fma = _fma
     interpreter.interpreter_builder.options = InterpreterOptions(sanitize_overflow=False)  # its result is not looked at
@@ -182,19 +183,31 @@ def _reduce_slices(self: ReduceOps, values: tuple[tl.tensor, ...]) -> list[tl.te
     flat = self.axis is None
     axis = 0 if flat else self.axis
     parts = [value.handle.data.ravel() if flat else np.moveaxis(value.handle.data, axis, 0) for value in values]
-    dtypes = [value.dtype for value in values]
     while len(parts[0]) > 1:
-        left, right = (
-            [self.to_tensor(part[start::2], dtype) for part, dtype in zip(parts, dtypes, strict=True)]
-            for start in (0, 1)
-        )
-        result = self.combine_fn.fn(*left, *right) if hasattr(self.combine_fn, "fn") else self.combine_fn(*left, *right)
-        result = result if isinstance(result, tuple) else (result,)
-        parts = [item.handle.data for item in result]
+        parts = _combine(self, values, [part[0::2] for part in parts], [part[1::2] for part in parts])
     parts = [part[0] for part in parts]
     if self.keep_dims:
         parts = [part.reshape([1] * len(shape)) if flat else np.expand_dims(part, axis) for part in parts]
-    return [self.to_tensor(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)]
+    return _tensors(self, values, parts)
+
+
+def _scan_slices(self: ScanOps, values: tuple[tl.tensor, ...]) -> list[tl.tensor]:
+    """Scan with a custom function: one slice of the axis after the other."""
+    parts = [np.moveaxis(value.handle.data, self.axis, 0) for value in values]
+    rows = [[part[0] for part in parts]]
+    for index in range(1, len(parts[0])):
+        combined = _combine(self, values, rows[-1], [part[index] for part in parts])
+        rows.append([item.reshape(part[0].shape) for item, part in zip(combined, parts, strict=True)])
+    return _tensors(self, values, [np.stack(row, self.axis) for row in zip(*rows, strict=True)])
+
+
+def _combine(self: Any, values: Sequence[tl.tensor], left: Sequence[Any], right: Sequence[Any]) -> list[np.ndarray]:
+    result = self.combine_fn(*_tensors(self, values, left), *_tensors(self, values, right))
+    return [item.handle.data for item in (result if isinstance(result, tuple | tl.tuple) else (result,))]
+
+
+def _tensors(self: Any, values: Sequence[tl.tensor], parts: Sequence[Any]) -> list[tl.tensor]:
+    return [self.to_tensor(part, value.dtype) for value, part in zip(values, parts, strict=True)]
 
 
 def _fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:

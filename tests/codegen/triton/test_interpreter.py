@@ -154,6 +154,32 @@ def test_reductions(interpret):
     np.testing.assert_array_equal(firsts, x[0])
 
 
+def test_scans(interpret):
+    source = HEAD.removesuffix("@triton.jit\n") + (
+        "@triton.jit\n"
+        "def affine(a, b, c, d):\n"
+        "    return a * c, b * c + d\n\n\n"
+        "@triton.jit\n"
+        "def k(x, y, z, flat, R: tl.constexpr, C: tl.constexpr):\n"
+        "    r, c = tl.arange(0, R), tl.arange(0, C)\n"
+        "    at = r[:, None] * C + c[None, :]\n"
+        "    tl.store(y + at, tl.cumsum(tl.load(x + at), 1))\n"
+        "    factor, term = tl.associative_scan((tl.load(x + at), tl.load(x + at)), 0, affine)\n"
+        "    tl.store(z + at, term)\n"
+        "    factor, term = tl.associative_scan((tl.load(x + c), tl.load(x + c)), 0, affine, reverse=True)\n"
+        "    tl.store(flat + c, factor)\n"
+    )
+    x = np.random.default_rng(6).random((8, 4)).astype(np.float32)
+    arrays = [x, np.zeros_like(x), np.zeros_like(x), x[0] * 0]
+    _, y, z, flat = interpret(source, "k", arrays, [], {"R": 8, "C": 4})
+    expected = [x[0]]
+    for row in x[1:]:
+        expected.append(expected[-1] * row + row)
+    np.testing.assert_allclose(y, x.cumsum(1), rtol=1e-6)
+    np.testing.assert_allclose(z, expected, rtol=1e-6)
+    np.testing.assert_allclose(flat, x[0, ::-1].cumprod()[::-1], rtol=1e-6)
+
+
 def test_loops_and_branches_over_loaded_scalars(interpret):
     source = HEAD + (
         "def k(starts, x, y):\n"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .options import CompileOptions, Entry
 from .samples import sample_sizes
 from .sources import open_source
 from .support import Unsupported, find_unsupported, require_supported
-from .targets import device_kinds, parse_targets
+from .targets import Targets, device_kinds, parse_targets
 from .verification import (
     OutputError,
     first_divergence,
@@ -126,13 +127,18 @@ class Compilation:
         self.seconds: dict[str, float] = {}
         self._progress = progress or (lambda phase, detail: None)
 
+    @cached_property
+    def targets(self) -> Targets:
+        """The machines to compile for."""
+        return parse_targets(self.options.target)
+
     def run(
         self, source: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, output: Path, shapes: Any = None,
         entries: Mapping[str, Entry] | None = None, inputs: str | Path | None = None,
     ) -> Artifact:  # fmt: skip
         """All stages, from the source to a verified artifact."""
         check_output(output)
-        chosen = parse_targets(self.options.target)
+        chosen = self.targets
         compiler = find_compiler() if chosen.cpu else None
         captured = self.capture(source, args, kwargs, shapes, entries, inputs)
         references = [reference_of(program) for program in captured] if self.options.verify != "off" else []
@@ -162,6 +168,7 @@ class Compilation:
         entries: Mapping[str, Entry] | None = None, inputs: str | Path | None = None,
     ) -> list[Program]:  # fmt: skip
         """Stage one: the source as one program per entry point."""
+        _ = self.targets  # refuse unknown ones before the source is read
         self.options.check(device_kinds(self.options.target))
         with self._phase("capture"):
             return open_source(source, args, kwargs, shapes, entries, inputs)

@@ -32,11 +32,13 @@ class Var:
         text: such as ``"m[:, None]"`` or ``"pid_b"``.
         shape: extent of each block dimension, such as ``("BLOCK_M", "1")``; empty for a scalar.
         guard: a mask of the same shape, false where the variable is out of range; empty if it always is in range.
+        guard_shape: of the guard of a scalar, where its bound varies by element.
     """
 
     text: str
     shape: tuple[str, ...] = ()
     guard: str = ""
+    guard_shape: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ class Scope:
     def _shape_of_name(self, name: str) -> tuple[str, ...]:
         var = self._variable(name)
         if var is not None:
-            return var.shape
+            return merge_shapes(var.shape, var.guard_shape)
         return self._shared.scalars[name][1] if name in self._shared.scalars else ()
 
     def _variable(self, name: str) -> Var | None:
@@ -247,7 +249,10 @@ class Scope:
 
     def _place(self, offset: Size, shape: tuple[str, ...]) -> str:
         """An offset as text, of the given block shape at least."""
-        own = self._shape_of(self._shared.kernel.builder.free_size(offset))
+        own: tuple[str, ...] = ()
+        for name in self._shared.kernel.builder.free_size(offset):
+            var = self._variable(name)
+            own = merge_shapes(own, var.shape if var is not None else self._shape_of_name(name))
         text = self.size(offset)
         if shape and merge_shapes(own, shape) != own:
             return f"({text} + tl.zeros({shape_text(shape)}, tl.int32))"
@@ -373,12 +378,12 @@ class Scope:
         for variable, extent in expr.loops:
             name, guard = self._fresh("w"), ""
             text = inner.size(extent)
-            shape = inner._shape_of(self._shared.kernel.builder.free_size(extent))
+            names = self._shared.kernel.builder.free_size(extent)
+            shape = inner._shape_of(names)
             if shape:
-                guard, text = f"({name} < {text})", f"tl.max({text})"
+                guard, text = inner._masks(names, f"({name} < {text})"), f"tl.max({text})"
             heads.append((inner, f"for {name} in {count}(0, {text}):"))
-            # The variable itself is a scalar; what depends on it has the shape of its guard (that of the bound).
-            inner = inner._child({variable: Var(name, shape, guard)})
+            inner = inner._child({variable: Var(name, (), guard, shape)})
         value = inner.value(expr.body)
         guards = " & ".join(
             var.guard for name, _ in expr.loops if (var := inner._variable(name)) is not None and var.guard

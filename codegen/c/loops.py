@@ -15,12 +15,12 @@ long innermost one, are independent units of work. What differs is where reducti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from ...runtime import sizes
 from ...runtime.plan_check import ITEM_BYTES
 from ...runtime.sizes import Size
-from ..expr import Call, Expr, Load, Reduce, coefficient, offsets, walk
+from ..expr import Expr, Load, Reduce, coefficient, offsets, walk
+from ..iteration import Axis, Make, flops, merge
 from ..kernel import KernelCode, Parameter
 from ..regions import Made, Output, Task, loop_region
 from ..values import LANES, Kernel
@@ -31,17 +31,6 @@ from .frame import frame
 CHUNK = 4096  # elements of the innermost axis in one unit of a kernel without reductions
 LANE_CHUNK = 64  # lanes of one unit where reductions depend on a long innermost axis
 ROW_STACK = 96 * 1024  # bytes of the stack that kept rows may use
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One loop of the iteration space."""
-
-    variable: str
-    extent: Size
-
-
-Make = Callable[[Kernel], tuple[Sequence[Parameter], Sequence[Output]]]
 
 
 def loop_family(task: Task) -> Sequence[Made]:
@@ -110,7 +99,7 @@ def _code(draft: _Draft, body: Body, label: str) -> KernelCode:
         source=frame(lines, parameters, symbols),
         symbols=symbols,
         units=units,
-        flops=_flops(kernel, roots, outputs[0].parameter),
+        flops=flops(kernel, roots, outputs[0].parameter),
         bytes=sizes.add(*(parameter.bytes() for parameter in parameters)),
         parameters=tuple(parameters),
     )
@@ -220,7 +209,7 @@ def _pointwise(draft: _Draft) -> Body:
     if limit is not None and _padding_is_readable(kernel, roots, axes[-1].variable):
         limit = None
     if limit is None:
-        axes, roots, stores = _merge(kernel, axes, roots, stores)
+        axes, roots, stores = merge(kernel, axes, roots, stores)
     vector = axes[-1]
     most = sizes.bounds(vector.extent, kernel.ranges)[1]
     if most > 2 * CHUNK:
@@ -334,70 +323,3 @@ def _padding_is_readable(kernel: Kernel, roots: list[Expr], lane: str) -> bool:
         elif lane in set().union(*map(kernel.builder.free_size, offsets(node)), ()) and not isinstance(node, Load):
             return False
     return True
-
-
-def _merge(
-    kernel: Kernel, axes: list[Axis], roots: list[Expr], stores: list[Size]
-) -> tuple[list[Axis], list[Expr], list[Size]]:
-    """Merge neighbouring axes wherever every access walks them as one."""
-    builder = kernel.builder
-    position = len(axes) - 2
-    while position >= 0:
-        outer, inner = axes[position], axes[position + 1]
-        accesses = [offset for node in walk(builder, roots) for offset in offsets(node)] + list(stores)
-        if outer.extent == 1 or all(_walks_as_one(builder.free_size, access, outer, inner) for access in accesses):
-            roots = [builder.rewrite(root, {outer.variable: 0}) for root in roots]
-            stores = [sizes.substitute(store, {outer.variable: 0}) for store in stores]
-            extent = sizes.mul(outer.extent, inner.extent)
-            kernel.variable(inner.variable, extent)
-            axes = [*axes[:position], Axis(inner.variable, extent), *axes[position + 2 :]]
-        position -= 1
-    return axes, roots, stores
-
-
-def _walks_as_one(free_size: Callable[[Size], frozenset[str]], access: Size, outer: Axis, inner: Axis) -> bool:
-    names = free_size(access)
-    if outer.variable not in names and inner.variable not in names:
-        return True
-    if (names - sizes.symbols_of(access)) & {outer.variable, inner.variable}:
-        return False
-    step, stride = coefficient(access, inner.variable), coefficient(access, outer.variable)
-    return step is not None and stride is not None and sizes.sub(stride, sizes.mul(step, inner.extent)) == 0
-
-
-def _flops(kernel: Kernel, roots: list[Expr], result: Parameter) -> Size:
-    """Calls per element of the result, those in reductions times their extents."""
-    total: Size = 0
-    seen: set[Expr] = set()
-
-    def count(expr: Expr, times: Size) -> None:
-        nonlocal total
-        for node in walk(kernel.builder, [expr], into_reductions=False):
-            if node in seen:
-                continue
-            seen.add(node)
-            if isinstance(node, Call) and node.op != "cast":
-                total = sizes.add(total, times)
-            elif isinstance(node, Reduce):
-                extent = sizes.product(bound for _, bound in node.loops)
-                if sizes.symbols_of(extent) <= set(kernel.ranges) - set(kernel.extents):
-                    outer = _over_rows(kernel, node, times, result)
-                    total = sizes.add(total, sizes.mul(outer, extent))
-                    count(node.body, sizes.mul(outer, extent))
-
-    for root in roots:
-        count(root, sizes.product(result.shape))
-    return total
-
-
-def _over_rows(kernel: Kernel, node: Reduce, times: Size, result: Parameter) -> Size:
-    """How often a reduction runs: once per row when it does not depend on the innermost axis."""
-    innermost = f"i{len(result.shape) - 1}"
-    if (
-        result.layout == "rows"
-        and result.shape
-        and innermost not in kernel.builder.free(node)
-        and times == sizes.product(result.shape)
-    ):
-        return sizes.product(result.shape[:-1])
-    return times

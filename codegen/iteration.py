@@ -1,0 +1,92 @@
+"""What the loop kernels of all dialects share: axes of an iteration space, merging them, and counting work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..runtime import sizes
+from ..runtime.sizes import Size
+from .expr import Call, Expr, Reduce, coefficient, offsets, walk
+from .kernel import Parameter
+from .regions import Output
+from .values import Kernel
+
+Make = Callable[[Kernel], tuple[Sequence[Parameter], Sequence[Output]]]
+"""Builds a region's values in a fresh kernel; called again for each form of the index that is tried."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One loop of the iteration space."""
+
+    variable: str
+    extent: Size
+
+
+def merge(
+    kernel: Kernel, axes: list[Axis], roots: list[Expr], stores: list[Size]
+) -> tuple[list[Axis], list[Expr], list[Size]]:
+    """Merge neighbouring axes wherever every access walks them as one."""
+    builder = kernel.builder
+    position = len(axes) - 2
+    while position >= 0:
+        outer, inner = axes[position], axes[position + 1]
+        accesses = [offset for node in walk(builder, roots) for offset in offsets(node)] + list(stores)
+        if outer.extent == 1 or all(walks_as_one(builder.free_size, access, outer, inner) for access in accesses):
+            roots = [builder.rewrite(root, {outer.variable: 0}) for root in roots]
+            stores = [sizes.substitute(store, {outer.variable: 0}) for store in stores]
+            extent = sizes.mul(outer.extent, inner.extent)
+            kernel.variable(inner.variable, extent)
+            axes = [*axes[:position], Axis(inner.variable, extent), *axes[position + 2 :]]
+        position -= 1
+    return axes, roots, stores
+
+
+def walks_as_one(free_size: Callable[[Size], frozenset[str]], access: Size, outer: Axis, inner: Axis) -> bool:
+    """Whether an access steps from the end of the inner axis to the next of the outer as within the inner axis."""
+    names = free_size(access)
+    if outer.variable not in names and inner.variable not in names:
+        return True
+    if (names - sizes.symbols_of(access)) & {outer.variable, inner.variable}:
+        return False
+    step, stride = coefficient(access, inner.variable), coefficient(access, outer.variable)
+    return step is not None and stride is not None and sizes.sub(stride, sizes.mul(step, inner.extent)) == 0
+
+
+def flops(kernel: Kernel, roots: list[Expr], result: Parameter) -> Size:
+    """Calls per element of the result, those in reductions times their extents."""
+    total: Size = 0
+    seen: set[Expr] = set()
+
+    def count(expr: Expr, times: Size) -> None:
+        nonlocal total
+        for node in walk(kernel.builder, [expr], into_reductions=False):
+            if node in seen:
+                continue
+            seen.add(node)
+            if isinstance(node, Call) and node.op != "cast":
+                total = sizes.add(total, times)
+            elif isinstance(node, Reduce):
+                extent = sizes.product(bound for _, bound in node.loops)
+                if sizes.symbols_of(extent) <= set(kernel.ranges) - set(kernel.extents):
+                    outer = _over_rows(kernel, node, times, result)
+                    total = sizes.add(total, sizes.mul(outer, extent))
+                    count(node.body, sizes.mul(outer, extent))
+
+    for root in roots:
+        count(root, sizes.product(result.shape))
+    return total
+
+
+def _over_rows(kernel: Kernel, node: Reduce, times: Size, result: Parameter) -> Size:
+    """How often a reduction runs: once per row when it does not depend on the innermost axis."""
+    innermost = f"i{len(result.shape) - 1}"
+    if (
+        result.layout == "rows"
+        and result.shape
+        and innermost not in kernel.builder.free(node)
+        and times == sizes.product(result.shape)
+    ):
+        return sizes.product(result.shape[:-1])
+    return times

@@ -28,6 +28,7 @@ from ..runtime.manifest import EntryPoint, FileRecord, Manifest, Target, Weights
 from ..runtime.plan import FORMAT_VERSION, Plan, from_json, to_json
 
 LIBRARY = "model.so"
+TRITON_SOURCES = "kernels/triton"
 Progress = Callable[[int, int], None]
 
 
@@ -48,12 +49,14 @@ class TargetBinaries:
     Attributes:
         name: such as ``"cpu:x86-64-v3"``.
         features: processor flags that the code needs, as ``/proc/cpuinfo`` spells them (``"avx2"``, ``"avx512_vnni"``).
-        files: path under ``kernels/<target>/`` → content; ``model.so`` is the library, the rest is for readers.
+        files: path under ``kernels/<target>/`` → content.
+        library: the one of them that is loaded first: the native library, or a GPU's table of binaries.
     """
 
     name: str
     features: tuple[str, ...]
     files: Mapping[str, bytes]
+    library: str = LIBRARY
 
 
 def layout_constants(specs: Iterable[ConstantData]) -> dict[str, tuple[int, int]]:
@@ -65,6 +68,11 @@ def weights_id(specs: Iterable[ConstantData]) -> tuple[str, int]:
     """What is compiled in as ``tw_weights_id`` and ``tw_weights_size``: identity and size of the whole weight file."""
     layout = _layout(specs)
     return layout.id, layout.size
+
+
+def plan_name(entry: str, device: str) -> str:
+    """The name of the plan of an entry point for a kind of device, which its file has."""
+    return entry if device == "cpu" else f"{entry}.{device}"
 
 
 def check_output(output: Path) -> None:
@@ -84,10 +92,11 @@ def check_output(output: Path) -> None:
 def write_artifact(
     output: Path,
     *,
-    plans: Sequence[Plan],
+    plans: Sequence[Plan] | Mapping[str, Sequence[Plan]],
     constants: Sequence[ConstantData],
     targets: Sequence[TargetBinaries],
     info: Mapping[str, Any],
+    sources: Mapping[str, bytes] | None = None,
     progress: Progress | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -99,8 +108,12 @@ def write_artifact(
     Args:
         output: the directory.
         plans: one per entry point, the default one first; offsets of their constants are :func:`layout_constants`'.
+            For several kinds of device, or another than the CPU: those of each kind (``"cpu"``, ``"cuda"``), the CPU's
+            first.
         constants: in the order of the file.
         targets: in order of preference.
+        sources: file name under ``kernels/triton/`` → content: what all GPU targets share, and what the interpreter
+            runs.
         info: anything JSON-able that ``inspect`` shows: source, options, memory, provenance.
         progress: called with (bytes written, bytes in all) of the weights.
         check: called with the complete directory before it takes its place; if it raises, nothing is left.
@@ -118,21 +131,31 @@ def write_artifact(
     layout = _layout(constants)
     files: list[FileRecord] = []
     with _building(output) as folder:
-        for plan in plans:
-            text = _plan_text(plan)
-            from_json(json.loads(text), f"plan/{plan.entry}.json")
-            _check_offsets(plan, layout)
-            files.append(_write(folder, f"plan/{plan.entry}.json", (text.encode(),)))
-        entries = tuple(EntryPoint(plan.entry, f"plan/{plan.entry}.json") for plan in plans)
+        entries = []
+        for device, each in (plans if isinstance(plans, Mapping) else {"cpu": plans}).items():
+            for plan in each:
+                text, path = _plan_text(plan), f"plan/{plan_name(plan.entry, device)}.json"
+                from_json(json.loads(text), path)
+                _check_offsets(plan, layout)
+                files.append(_write(folder, path, (text.encode(),)))
+                entries.append(EntryPoint(plan.entry, path, device))
         listed = []
         for target in targets:
             base = f"kernels/{target.name.partition(':')[2] or target.name}"
-            listed.append(Target(target.name, tuple(target.features), f"{base}/{LIBRARY}"))
+            listed.append(Target(target.name, tuple(target.features), f"{base}/{target.library}"))
             files += [_write(folder, f"{base}/{path}", (content,)) for path, content in sorted(target.files.items())]
+        for path, content in sorted((sources or {}).items()):
+            files.append(_write(folder, f"{TRITON_SOURCES}/{path}", (content,)))
         files.append(_write(folder, weight_files.FILE_NAME, _weights(layout, constants, progress)))
         weights = Weights(weight_files.FILE_NAME, layout.id, layout.size)
         manifest = Manifest(
-            FORMAT_VERSION, f"tilewright {__version__}", entries, tuple(listed), weights, tuple(files), dict(info)
+            FORMAT_VERSION,
+            f"tilewright {__version__}",
+            tuple(entries),
+            tuple(listed),
+            weights,
+            tuple(files),
+            dict(info),
         )
         content = manifests.dump(manifest)
         manifests.parse(content, manifests.FILE_NAME)

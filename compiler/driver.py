@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.artifact import check_output, write_artifact
+from ..codegen.artifact import check_output, plan_name, write_artifact
 from ..codegen.c.toolchain import find_compiler
 from ..codegen.cache import user_cache
 from ..codegen.generate import Generated, build_kernels, generate
@@ -157,7 +157,8 @@ class Compilation:
         with self._phase("write") as detail:
             info = self._info(source, programs, generated, records)
             path = write_artifact(
-                output, plans=generated.plans, constants=generated.constants, targets=binaries, info=info,
+                output, plans={device: code.plans for device, code in generated.devices.items()},
+                constants=generated.constants, targets=binaries, info=info,
                 progress=lambda done, total: detail(f"{done >> 20} of {total >> 20} MiB"),
                 check=lambda folder: errors.extend(self.verify(folder, references, programs)),
             )  # fmt: skip
@@ -274,11 +275,6 @@ class Compilation:
         finally:
             inside = sum(self.seconds.values()) - before
             self.seconds[name] += time.perf_counter() - start - inside
-
-
-def plan_name(entry: str, device: str) -> str:
-    """The name of the plan of an entry point for a kind of device, which its file has."""
-    return entry if device == "cpu" else f"{entry}.{device}"
 
 
 def _source_name(source: Any) -> str:

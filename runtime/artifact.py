@@ -11,14 +11,14 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import manifest as manifests
 from . import weights as weight_files
 from .errors import ArtifactError
-from .manifest import FileRecord, Manifest, Target
+from .manifest import EntryPoint, FileRecord, Manifest, Target
 from .plan import Plan, StateBuffer, from_json
 
 _BLOCK = 1 << 20
@@ -27,12 +27,17 @@ _MAX_MANIFEST = 1 << 28
 
 @dataclass(frozen=True)
 class Artifact:
-    """A validated artifact: manifest, plan of every entry point in order, and the layout of the weight file."""
+    """A validated artifact: manifest, plans by kind of device and entry point, and the layout of the weight file."""
 
     path: Path
     manifest: Manifest
-    plans: Mapping[str, Plan]
+    devices: Mapping[str, Mapping[str, Plan]]
     weights: weight_files.Layout
+
+    @property
+    def plans(self) -> Mapping[str, Plan]:
+        """Plan of every entry point in order, for the first kind of device (the CPU where there are several)."""
+        return next(iter(self.devices.values()))
 
     @property
     def weights_path(self) -> Path:
@@ -68,16 +73,18 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
         raise ArtifactError(f"{manifest_path}: {error.strerror}; {folder} is no (complete) artifact") from None
     manifest = manifests.parse(content, str(manifest_path))
     _check_files(folder, manifest)
-    plans: dict[str, Plan] = {}
+    devices: dict[str, dict[str, Plan]] = {}
     for entry in manifest.entries:
-        plans[entry.name] = _read_plan(folder, manifest, entry.plan)
-        if plans[entry.name].entry != entry.name:
+        plan = _read_plan(folder, manifest, entry.plan)
+        if plan.entry != entry.name:
             raise ArtifactError(f"{folder / entry.plan}: is the plan of another entry point than {entry.name!r}")
+        devices.setdefault(entry.device, {})[entry.name] = plan
     weights = _read_weights(folder, manifest)
     for entry in manifest.entries:
-        _check_constants(plans[entry.name], weights, str(folder / entry.plan))
-    _check_states(plans, folder, manifest)
-    return Artifact(folder, manifest, plans, weights)
+        _check_constants(devices[entry.device][entry.name], weights, str(folder / entry.plan))
+    for device, plans in devices.items():
+        _check_states(plans, folder, [entry for entry in manifest.entries if entry.device == device])
+    return Artifact(folder, manifest, devices, weights)
 
 
 def verify_integrity(path: str | os.PathLike[str]) -> Artifact:
@@ -193,10 +200,10 @@ def _check_constants(plan: Plan, weights: weight_files.Layout, file: str) -> Non
             )
 
 
-def _check_states(plans: Mapping[str, Plan], folder: Path, manifest: Manifest) -> None:
+def _check_states(plans: Mapping[str, Plan], folder: Path, entries: Sequence[EntryPoint]) -> None:
     """A state that several entry points name is one memory: they must agree on it and on the constant it starts as."""
     known: dict[str, tuple[StateBuffer, str]] = {}
-    for entry in manifest.entries:
+    for entry in entries:
         plan = plans[entry.name]
         keys = {constant.name: constant.key for constant in plan.constants}
         for index, state in enumerate(plan.states):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import typed_json
@@ -18,12 +18,19 @@ from .errors import ArtifactError
 from .plan import FORMAT_VERSION, to_json
 
 FILE_NAME = "manifest.json"
+DEVICES = ("cpu", "cuda")
+"""The kinds of device that plans are made for."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Target:
-    """Kernels for one kind of machine; ``features`` are the processor flags, as ``/proc/cpuinfo`` spells them."""
+    """Kernels for one kind of machine, such as ``"cpu:x86-64-v3"`` or ``"cuda:sm_90"``.
+
+    ``features`` are the processor flags that a CPU must have, as ``/proc/cpuinfo`` spells them. ``library`` is the path
+    of the native library, or of a GPU's table of binaries (``runtime/binaries.py``).
+    """
 
     name: str
     features: tuple[str, ...]
@@ -32,10 +39,11 @@ class Target:
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """An entry point's name and the path of its plan."""
+    """An entry point's name and the path of its plan for one kind of device, ``"cpu"`` or ``"cuda"``."""
 
     name: str
     plan: str
+    device: str = field(default="cpu", metadata={typed_json.ADDED_LATER: True})
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,10 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole manifest. Targets come in order of preference; the first entry point is the default one."""
+    """The whole manifest. Targets come in order of preference; the first entry point is the default one.
+
+    An entry point is listed once per kind of device that there is a plan for, all with the same names in one order.
+    """
 
     format: int
     producer: str
@@ -131,8 +142,16 @@ def _check(manifest: Manifest) -> None:
         listed.add(record.path)
     if not manifest.entries:
         raise typed_json.FieldError("an artifact needs an entry point").within("entries")
-    if len({entry.name for entry in manifest.entries}) < len(manifest.entries):
-        raise typed_json.FieldError("two entry points have the same name").within("entries")
+    names: dict[str, list[str]] = {}
+    for index, entry in enumerate(manifest.entries):
+        if entry.device not in DEVICES:
+            raise typed_json.FieldError(f"unknown kind of device {entry.device!r}").within(f"entries[{index}].device")
+        names.setdefault(entry.device, []).append(entry.name)
+    for device, found in names.items():
+        if len(set(found)) < len(found):
+            raise typed_json.FieldError("two entry points have the same name").within("entries")
+        if found != next(iter(names.values())):
+            raise typed_json.FieldError(f"the entry points for {device} are not those of the others").within("entries")
     used = [(f"entries[{i}].plan", entry.plan) for i, entry in enumerate(manifest.entries)]
     used += [(f"targets[{i}].library", target.library) for i, target in enumerate(manifest.targets)]
     for where, path in [*used, ("weights.file", manifest.weights.file)]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tilewright.compiler.driver import Compilation, plan_name
+from tilewright.codegen.artifact import plan_name
+from tilewright.compiler.driver import Compilation
 from tilewright.compiler.options import CompileOptions
 from tilewright.compiler.targets import device_kinds, parse_targets
 from tilewright.compiler.verification import verify_program

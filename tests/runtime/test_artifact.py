@@ -17,6 +17,7 @@ from tilewright.runtime import manifest as manifests
 from tilewright.runtime import weights as weight_files
 from tilewright.runtime.artifact import read_artifact, verify_integrity
 from tilewright.runtime.errors import ArtifactError
+from tilewright.runtime.plan import FORMAT_VERSION
 
 LIBRARY = "kernels/generic/model.so"
 
@@ -140,9 +141,10 @@ def test_weights_that_are_no_safetensors(toy_copy, content):
 
 
 def test_version_from_the_future(toy_copy):
-    rewrite_raw(toy_copy, format=2, anything="new")
+    rewrite_raw(toy_copy, format=FORMAT_VERSION + 1, anything="new")
     message = refused(toy_copy)
-    assert "manifest.json: format version 2 is newer than this Tilewright reads (1); upgrade" in message
+    expected = f"format version {FORMAT_VERSION + 1} is newer than this Tilewright reads ({FORMAT_VERSION}); upgrade"
+    assert f"manifest.json: {expected}" in message
 
 
 @pytest.mark.parametrize("version", [0, -1, "1", None, True, 1.0])

@@ -44,13 +44,26 @@ def call(model, arrays, **changes):
     return model(**{name: arrays[name] for name in ("x", "word", "row")} | changes)
 
 
+def assert_kept(stored, read, path):
+    """All that is stored was read; fields that were added since have their defaults beside it."""
+    if isinstance(stored, dict) and isinstance(read, dict):
+        assert stored.keys() <= read.keys(), path
+        for key in stored:
+            assert_kept(stored[key], read[key], f"{path}.{key}")
+    elif isinstance(stored, list) and isinstance(read, list):
+        assert len(stored) == len(read), path
+        for index, (one, other) in enumerate(zip(stored, read, strict=True)):
+            assert_kept(one, other, f"{path}[{index}]")
+    else:
+        assert stored == read, path
+
+
 def test_every_field_is_read(artifact):
     assert artifact.manifest.format == 1 <= FORMAT_VERSION
     assert list(artifact.plans) == ["main", "encode"]
     for name, plan in artifact.plans.items():
         stored = json.loads((GOLDEN / "plan" / f"{name}.json").read_text())
-        kept = to_json(plan)
-        assert {key: kept[key] for key in stored} == stored
+        assert_kept(stored, to_json(plan), name)
     plan = artifact.plans["main"]
     assert [(symbol.name, symbol.maximum, symbol.factor) for symbol in plan.symbols] == [
         ("batch", 32, 1),

@@ -254,7 +254,7 @@ class _Lowering:
         family = node.meta["region"].family
         try:
             made = self.families[family](task)
-        except CompileError as error:
+        except (CompileError, UnsupportedOperator) as error:
             raise type(error)(f"{origin_of(node).source or node.name}: {error}") from error
         self.steps.append((family, made, origin_of(node), len(results)))
         self.storages[node] = tuple(results) if several else results[0]

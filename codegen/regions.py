@@ -59,7 +59,7 @@ class Task:
         """A constant operand in the layout that a kernel streams through."""
         assert storage.recipe is not None
         index = self.constants.request(storage.recipe, packing)
-        return Storage("constant", packing.shape, "float32", name=self.constants.constants[index].key, index=index)
+        return Storage("constant", packing.shape, packing.dtype, name=self.constants.constants[index].key, index=index)
 
     def label(self) -> str:
         """Words for a kernel's name: the operators of the region."""

@@ -30,11 +30,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Packing:
-    """A layout for a constant: its name (part of the key), the packed shape, and the function that makes it."""
+    """A layout for a constant: its name (part of the key), the packed shape, and the function that makes it.
+
+    The constant is converted to ``dtype`` first. Packing only moves elements and fills up with zeros: it is given
+    bfloat16 as its bits in uint16.
+    """
 
     name: str
     shape: tuple[int, ...]
     pack: Callable[[np.ndarray], np.ndarray]
+    dtype: str = "float32"
 
 
 @dataclass(eq=False)
@@ -69,7 +74,7 @@ class PackedConstant:
         tensor = self.recipe.load()
         if self.packing is None:
             return to_numpy(tensor).reshape(self.shape)
-        return self.packing.pack(to_numpy(tensor.float())).reshape(self.shape)
+        return self.packing.pack(to_numpy(tensor.to(getattr(torch, self.dtype)))).reshape(self.shape)
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -90,7 +95,7 @@ class ConstantTable:
 
     def request(self, recipe: Recipe, packing: Packing | None = None) -> int:
         """Index of the constant in this packing, added on first use."""
-        identity = (recipe.identity, packing.name if packing else "", packing.shape if packing else ())
+        identity = (recipe.identity, (packing.name, packing.shape, packing.dtype) if packing else ())
         if identity not in self._known:
             base = recipe.label + (f".{packing.name}" if packing else "")
             key, count = base, 1
@@ -98,7 +103,7 @@ class ConstantTable:
                 key = f"{base}.{count}"
                 count += 1
             self._keys.add(key)
-            dtype = "float32" if packing else recipe.dtype
+            dtype = packing.dtype if packing else recipe.dtype
             shape = packing.shape if packing else recipe.shape
             self._known[identity] = len(self.constants)
             self.constants.append(PackedConstant(key, recipe, packing, dtype, shape))

@@ -98,6 +98,17 @@ def build_kernels(
     return build(code.plans, code.kernels, Weights(identity, size), targets, compiler, cache, progress)
 
 
+def triton_sources(generated: Generated) -> dict[str, bytes]:
+    """The files of the GPU kernels' sources by name: what every GPU target shares, and what the interpreter runs."""
+    from .triton.compiler import headers
+
+    code = generated.devices.get("cuda")
+    if code is None:
+        return {}
+    texts = {kernel.name: kernel.text for kernel in code.kernels} | headers()
+    return {f"{name}.py": text.encode() for name, text in texts.items()}
+
+
 def _plans(entries: Sequence[Lowered], constants: Sequence[Constant]) -> tuple[Plan, ...]:
     """The plans of one kind of device, all with the same list of constants: those that one of them reads."""
     used: set[int] = set()

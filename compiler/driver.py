@@ -18,7 +18,7 @@ import torch
 from ..codegen.artifact import check_output, plan_name, write_artifact
 from ..codegen.c.toolchain import find_compiler
 from ..codegen.cache import user_cache
-from ..codegen.generate import Generated, build_kernels, generate
+from ..codegen.generate import Generated, build_kernels, generate, triton_sources
 from ..codegen.memory import measure
 from ..codegen.roles import fusion_roles
 from ..passes.graph.program import Program
@@ -158,7 +158,7 @@ class Compilation:
             info = self._info(source, programs, generated, records)
             path = write_artifact(
                 output, plans={device: code.plans for device, code in generated.devices.items()},
-                constants=generated.constants, targets=binaries, info=info,
+                constants=generated.constants, targets=binaries, sources=triton_sources(generated), info=info,
                 progress=lambda done, total: detail(f"{done >> 20} of {total >> 20} MiB"),
                 check=lambda folder: errors.extend(self.verify(folder, references, programs)),
             )  # fmt: skip

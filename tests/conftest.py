@@ -16,7 +16,7 @@ from tilewright.codegen import targets
 from tilewright.codegen.artifact import write_artifact
 from tilewright.codegen.c.toolchain import find_compiler
 from tilewright.codegen.cache import user_cache
-from tilewright.codegen.generate import Generated, build_kernels, generate
+from tilewright.codegen.generate import Generated, build_kernels, generate, triton_sources
 from tilewright.codegen.interpret import is_size
 from tilewright.codegen.roles import fusion_roles
 from tilewright.compiler.capture import capture
@@ -94,6 +94,43 @@ def compiled(build: Callable[..., Model], isolate: Callable[[Program], Program])
         else:
             isolate(program)
         return build([program], target)
+
+    return run
+
+
+@pytest.fixture
+def gpu_artifact(tmp_path: Path, isolate: Callable[[Program], Program]) -> Callable[..., Path]:
+    """Write a module as an artifact for GPUs without binaries, which only the interpreter device can run.
+
+    As ``compiled``, with all passes or (``passes=False``) with every operator on its own.
+    """
+    written: list[Path] = []
+
+    def run(
+        module: torch.nn.Module,
+        args: Sequence[Any],
+        shapes: Any = None,
+        *,
+        passes: bool = True,
+        precision: str = "auto",
+    ) -> Path:
+        program = capture("main", module.eval(), args, {}, shapes)
+        if passes:
+            PassManager(pipeline(fusion_roles("cuda"), "cuda", precision)).run(program)
+        else:
+            isolate(program)
+        generated = generate({"cuda": [program]}, "tf32" if precision == "tf32" else "ieee")
+        written.append(
+            write_artifact(
+                tmp_path / f"gpu{len(written)}.tw",
+                plans={"cuda": generated.devices["cuda"].plans},
+                constants=generated.constants,
+                targets=(),
+                sources=triton_sources(generated),
+                info={},
+            )
+        )
+        return written[-1]
 
     return run
 

@@ -144,7 +144,7 @@ class _Worker:
     """One process. Its folder holds what it writes and is removed with it; nothing goes to the user's home."""
 
     def __init__(self, headers: Mapping[str, str]):
-        path, _ = find_triton()
+        path, version = find_triton()
         self.folder = tempfile.TemporaryDirectory(prefix="tilewright-triton-", ignore_cleanup_errors=True)
         self.messages = Path(self.folder.name) / "messages.txt"
         self.read_so_far = 0
@@ -166,10 +166,15 @@ class _Worker:
                 cwd=self.folder.name,
                 text=True,
             )
-        if self._ask({"path": str(path), "headers": dict(headers)}) is None:
+        answer = self._ask({"path": str(path), "headers": dict(headers)})
+        if answer is None:
             problem = f"the process that compiles with Triton {self._end()}\n{self._said()}".rstrip()
-            self.close()
-            raise CompileError(problem)
+        elif answer["triton"] != version:
+            problem = f"found Triton {version}, but {sys.executable} imports {answer['triton']}; install it once"
+        else:
+            return
+        self.close()
+        raise CompileError(problem)
 
     def compile(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request, with what the process wrote where it is an error."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from . import manifest as manifests
 from . import weights as weight_files
@@ -85,6 +88,21 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     for device, plans in devices.items():
         _check_states(plans, folder, [entry for entry in manifest.entries if entry.device == device])
     return Artifact(folder, manifest, devices, weights)
+
+
+def map_weights(artifact: Artifact) -> np.ndarray:
+    """The data section of the weight file, mapped read-only: uint8 [bytes].
+
+    Raises:
+        ArtifactError: it cannot be mapped.
+    """
+    try:
+        with open(artifact.weights_path, "rb") as file:
+            mapping = mmap.mmap(file.fileno(), artifact.weights.size, prot=mmap.PROT_READ)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{artifact.weights_path}: cannot be mapped: {error}") from None
+    mapping.madvise(mmap.MADV_WILLNEED)
+    return np.frombuffer(mapping, np.uint8)[len(artifact.weights.header) :]
 
 
 def verify_integrity(path: str | os.PathLike[str]) -> Artifact:

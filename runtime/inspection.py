@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -11,63 +12,52 @@ from .dtypes import numpy_dtype
 from .errors import ArtifactError
 from .plan import Plan, Ref
 from .plan_check import nbytes
-from .workspace import Workspace
+
+Memory = Callable[[Ref, int], np.ndarray]
+"""Gives so many bytes from the start of an operand, as uint8: a copy, of a constant possibly a read-only view."""
 
 
 class Reader:
     """Reads any operand of the call that is running, as it is at that moment: ``read(ref) -> array``."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        values: Mapping[str, int],
-        offsets: Sequence[int],
-        workspace: Workspace,
-        inputs: Sequence[np.ndarray],
-        outputs: Sequence[np.ndarray],
-        weights: np.ndarray,
-    ) -> None:
-        """Look into a call: symbol values, offsets of the buffers in the arena, and all memory it works on."""
+    def __init__(self, plan: Plan, values: Mapping[str, int], memory: Memory) -> None:
+        """Look into a call: symbol values, and the memory it works on."""
         self._plan = plan
         self._values = values
-        self._offsets = offsets
-        self._workspace = workspace
-        self._arrays = {"input": inputs, "output": outputs}
-        self._weights = weights
+        self._memory = memory
 
     def __call__(self, ref: Ref) -> np.ndarray:
-        """A copy of the operand in its logical shape (a constant: in its packed shape, a read-only view).
+        """A copy of the operand in its logical shape (a constant: in its packed shape, perhaps a read-only view).
 
         Raises:
             ArtifactError: a buffer is smaller than its shape, outside the arena, or of an unknown layout.
         """
-        if ref.kind in self._arrays:
-            return self._arrays[ref.kind][ref.index].copy()
-        if ref.kind == "constant":
-            constant = self._plan.constants[ref.index]
-            data = self._weights[constant.offset : constant.offset + constant.bytes]
-            return data.view(numpy_dtype(constant.dtype)).reshape(constant.shape)
-        if ref.kind == "state":
-            state = self._plan.states[ref.index]
-            memory = self._workspace.states[state.name]
-            return memory.view(numpy_dtype(state.dtype)).reshape(state.shape).copy()
-        return self._buffer(ref.index)
+        if ref.kind == "buffer":
+            return self._buffer(ref)
+        plan = self._plan
+        item: Any = getattr(plan, f"{ref.kind}s")[ref.index]
+        return self._array(ref, item.dtype, tuple(sizes.evaluate(size, self._values) for size in item.shape))
 
-    def _buffer(self, index: int) -> np.ndarray:
-        buffer = self._plan.buffers[index]
+    def _array(self, ref: Ref, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        return self._memory(ref, nbytes(dtype, shape)).view(numpy_dtype(dtype)).reshape(shape)
+
+    def _buffer(self, ref: Ref) -> np.ndarray:
+        buffer = self._plan.buffers[ref.index]
         shape = tuple(sizes.evaluate(size, self._values) for size in buffer.shape)
-        stored = shape
         if buffer.layout == "channels16":
-            n, channels, height, width = shape
-            stored = (n, -(-channels // 16), height, width, 16)
-        elif buffer.layout != "rows":
+            stored = (shape[0], -(-shape[1] // 16), *shape[2:], 16)
+        elif buffer.layout == "channels_last":
+            stored = (shape[0], *shape[2:], shape[1])
+        elif buffer.layout == "rows":
+            stored = shape
+        else:
             raise ArtifactError(f"buffer {buffer.name}: unknown layout {buffer.layout!r}")
-        begin, count = self._offsets[index], nbytes(buffer.dtype, stored)
-        if count > sizes.evaluate(buffer.bytes, self._values) or begin + count > self._workspace.arena.nbytes:
+        if nbytes(buffer.dtype, stored) > sizes.evaluate(buffer.bytes, self._values):
             raise ArtifactError(
                 f"buffer {buffer.name}: {buffer.dtype}{list(stored)} does not fit its place in the arena"
             )
-        array = self._workspace.arena[begin : begin + count].view(numpy_dtype(buffer.dtype)).reshape(stored)
+        array = self._array(ref, buffer.dtype, stored)
         if buffer.layout == "channels16":
-            array = array.transpose(0, 1, 4, 2, 3).reshape(shape[0], stored[1] * 16, *shape[2:])[:, : shape[1]]
-        return array.copy()
+            array = np.moveaxis(array, -1, 2)
+            return array.reshape(shape[0], stored[1] * 16, *shape[2:])[:, : shape[1]].copy()
+        return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if buffer.layout == "channels_last" else array

@@ -1,86 +1,72 @@
 """Loading an artifact and running it: ``load(path) -> Model``.
 
-A model (weights, code, plans) is immutable and may be called from several threads at once and after a fork. A call
-takes its working memory from a bounded pool. A model with state starts every plain call from its initial state; state
-that lasts from call to call belongs to an explicit :meth:`Model.session`.
+A model (weights, code, plans) is immutable and may be called from several threads at once, and on the CPU after a fork.
+A call takes its working memory from a bounded pool. A model with state starts every plain call from its initial state;
+state that lasts from call to call belongs to an explicit :meth:`Model.session`.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 import weakref
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-import numpy as np
-
-from . import cpu
 from .artifact import Artifact, read_artifact
-from .entry import Entry, Executable, StepTime, TensorSpec, TraceCallback
-from .errors import ArtifactError, UsageError
-from .library import Library, ThreadPool
-from .manifest import FILE_NAME
-from .threads import default_threads
-from .workspace import Workspace, WorkspacePool
-
-MAX_THREADS = 512
+from .device import AnyWorkspace, Device
+from .devices import check_request, open_device
+from .entry import Entry, StepTime, TensorSpec, TraceCallback
+from .errors import UsageError
+from .pool import WorkspacePool
 
 
 def load(
-    path: str | os.PathLike[str], *, threads: int | None = None, device: str = "auto", entry: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    device: str = "auto",
+    entry: str | None = None,
+    stream: Any = None,
 ) -> Model:
     """Load an artifact.
 
-    Everything but the weights is validated first; the weights are memory-mapped and not read.
+    Everything but the weights is validated first; on a CPU the weights are memory-mapped and not read.
 
     Args:
         path: the directory that ``tilewright compile`` wrote.
-        threads: threads that a call may use; by default what the affinity mask and the control group's CPU quota allow.
-        device: ``"cpu"``, or ``"auto"`` for what the artifact and this machine have in common.
+        threads: threads that a call on the CPU may use; by default what the affinity mask and the control group's CPU
+            quota allow.
+        device: ``"cpu"``, ``"cuda"`` (the first GPU), ``"cuda:1"``, ``"interpreter"`` (the GPU's kernels, interpreted
+            on the CPU), or ``"auto"``: a GPU where the artifact and this machine have one in common, else the CPU.
         entry: the entry point that ``model(...)`` runs; by default the first one.
+        stream: of a CUDA device, the stream to run in: a handle, or an object with ``__cuda_stream__``,
+            ``cuda_stream`` or ``ptr``. Calls then return before they are done, in the order of the stream
+            (docs/gpu.md). By default every call has a stream of its own and is done when it returns.
 
     Raises:
         ArtifactError: damaged, incomplete, made by a newer Tilewright, or not for this machine.
-        UsageError: an unknown device or entry point, or an impossible number of threads.
+        UsageError: an unknown device or entry point, one that is not there, or an impossible number of threads.
     """
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"unknown device {device!r}; expected 'auto' or 'cpu'")
-    if threads is not None and not (type(threads) is int and 1 <= threads <= MAX_THREADS):
-        raise UsageError(f"threads must be a number from 1 to {MAX_THREADS}, got {threads!r}")
+    check_request(device, threads, stream)
     artifact = read_artifact(path)
     if entry is not None and entry not in artifact.plans:
         raise _unknown_entry(entry, artifact.plans)
-    target = cpu.choose(artifact.manifest.targets, cpu.features(), str(artifact.path / FILE_NAME))
-    code = artifact.library(target)
-    weights = _map_weights(artifact)
-    return Model(artifact, target.name, Library(code, artifact.weights), weights, threads or default_threads(), entry)
+    return Model(artifact, open_device(artifact, device, threads, stream), entry)
 
 
 class Model:
     """A loaded artifact; :func:`load` makes it. Call it like the model it was compiled from."""
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        target: str,
-        library: Library,
-        weights: np.ndarray,
-        threads: int,
-        entry: str | None,
-    ) -> None:
-        """Assemble what :func:`load` has read, chosen and mapped."""
+    def __init__(self, artifact: Artifact, device: Device[Any], entry: str | None = None) -> None:
+        """Assemble what :func:`load` has read and opened."""
         self.artifact = artifact
-        self.target = target
-        self.threads = threads
-        self._native = ThreadPool(library, threads)
-        # not a method of this object: a cycle would keep the model until the garbage collector comes
-        self._new_workspace = partial(Workspace, artifact.plans, weights, self._native)
-        self._pool = WorkspacePool(max(2, threads), self._new_workspace)
-        self._executables = {name: Executable(plan, library, weights) for name, plan in artifact.plans.items()}
-        self._entries = {name: Entry(executable, self._pool) for name, executable in self._executables.items()}
+        self.device = device.name
+        self.target = device.target
+        self.threads = device.threads
+        self._device = device
+        self._pool: WorkspacePool[Any] = WorkspacePool(device.limit, device.workspace)
+        self._entries = {name: device.entry(name, self._pool) for name in device.plans}
         self._default = self._entries[entry or next(iter(self._entries))]
         self._close = threading.Lock()
 
@@ -99,7 +85,7 @@ class Model:
         """The same of its outputs."""
         return self._default.outputs
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> Entry[Any]:
         """An entry point by name.
 
         Raises:
@@ -123,13 +109,13 @@ class Model:
 
     def session(self) -> Session:
         """A caller of its own, whose state lasts from call to call."""
-        return Session(self._new_workspace(), self._pool, self._executables, self._default.name)
+        return Session(self._device, self._pool, self._default.name)
 
     def close(self) -> None:
-        """Wait for running calls, end the threads and let go of the weights; later calls raise ``UsageError``."""
+        """Wait for running calls, then free threads, memory and weights; later calls raise ``UsageError``."""
         with self._close:
             self._pool.close()
-            self._native.close()
+            self._device.close()
 
     def __enter__(self) -> Model:
         return self
@@ -139,7 +125,7 @@ class Model:
 
     def __repr__(self) -> str:
         entries = ", ".join(map(repr, self._entries.values()))
-        return f"<tilewright model {self.artifact.path.name} for {self.target}, {self.threads} threads: {entries}>"
+        return f"<tilewright model {self.artifact.path.name} for {self._device}: {entries}>"
 
 
 class Session:
@@ -147,14 +133,17 @@ class Session:
 
     fresh = False
 
-    def __init__(
-        self, workspace: Workspace, pool: WorkspacePool, executables: Mapping[str, Executable], default: str
-    ) -> None:
+    def __init__(self, device: Device[Any], pool: WorkspacePool[Any], default: str) -> None:
         """Start from the initial state; :meth:`Model.session` does this."""
-        self._workspace = workspace
+        pool.enter()  # the model stays open meanwhile
+        try:
+            self._workspace = device.workspace()
+        finally:
+            pool.leave()
         self._pool = pool
-        self._entries = {name: Entry(executable, self) for name, executable in executables.items()}
+        self._entries = {name: device.entry(name, self) for name in device.plans}
         self._default = self._entries[default]
+        self._closed = False
         self._lock = threading.Lock()
         _SESSIONS.add(self)
 
@@ -162,7 +151,7 @@ class Session:
         """Run the default entry point on the session's state; see :meth:`Entry.__call__`."""
         return self._default(*args, out=out, **kwargs)
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> Entry[Any]:
         """An entry point that works on this session's state.
 
         Raises:
@@ -176,6 +165,22 @@ class Session:
         """Run the default entry point, stopping after each step; see :meth:`Entry.trace`."""
         return self._default.trace(callback, *args, **kwargs)
 
+    def profile(self, *args: Any, **kwargs: Any) -> list[StepTime]:
+        """Run the default entry point on the session's state and give when each step ran."""
+        return self._default.profile(*args, **kwargs)
+
+    def close(self) -> None:
+        """Wait for a running call and free the session's memory; later calls raise ``UsageError``."""
+        with self._lock:
+            self._closed = True
+            self._workspace.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def reset(self) -> None:
         """Return to the initial state."""
         workspace = self.take()
@@ -185,17 +190,19 @@ class Session:
         finally:
             self.give(workspace)
 
-    def take(self) -> Workspace:
+    def take(self) -> AnyWorkspace:
         """The session's workspace, for one call at a time."""
         self._lock.acquire()
         try:
+            if self._closed:
+                raise UsageError("the session is closed")
             self._pool.enter()
         except BaseException:
             self._lock.release()
             raise
         return self._workspace
 
-    def give(self, workspace: Workspace) -> None:
+    def give(self, workspace: AnyWorkspace) -> None:
         """Let the next call in."""
         self._pool.leave()
         self._lock.release()
@@ -218,14 +225,3 @@ os.register_at_fork(after_in_child=_restart_sessions)
 
 def _unknown_entry(name: str, known: Mapping[str, object]) -> UsageError:
     return UsageError(f"there is no entry point {name!r}; the artifact has {', '.join(known)}")
-
-
-def _map_weights(artifact: Artifact) -> np.ndarray:
-    """The data section of the weight file, mapped read-only."""
-    try:
-        with open(artifact.weights_path, "rb") as file:
-            mapping = mmap.mmap(file.fileno(), artifact.weights.size, prot=mmap.PROT_READ)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{artifact.weights_path}: cannot be mapped: {error}") from None
-    mapping.madvise(mmap.MADV_WILLNEED)
-    return np.frombuffer(mapping, np.uint8)[len(artifact.weights.header) :]

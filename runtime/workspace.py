@@ -1,19 +1,15 @@
-"""Working memory: what one call at a time needs (arena, states, argument arrays), and the pool calls take it from."""
+"""Working memory on the CPU: what one call at a time needs (arena, states, argument arrays)."""
 
 from __future__ import annotations
 
 import ctypes
-import os
-import threading
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .arrays import address, aligned_bytes
 from .binding import Binding
-from .errors import UsageError
 from .library import Call, ThreadPool
 from .plan import Plan
 
@@ -89,6 +85,12 @@ class Workspace:
             else:
                 memory[:] = 0
 
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._frames.clear()
+        self._states.clear()
+        self._arena = aligned_bytes(0)
+
     @property
     def arena(self) -> np.ndarray:
         """The scratch memory, as bytes."""
@@ -108,101 +110,3 @@ def bind_arrays(frame: Frame, inputs: Sequence[np.ndarray], outputs: Sequence[np
     slots = frame.outputs
     for index, array in enumerate(outputs):
         slots[index] = address(array)
-
-
-class WorkspacePool:
-    """At most ``limit`` workspaces, made when needed; who finds none free waits.
-
-    It also counts the calls that run with workspaces of their own, so that closing waits for all.
-    """
-
-    fresh = True  # calls start from the initial state
-
-    def __init__(self, limit: int, make: Callable[[], Workspace]) -> None:
-        self.limit = limit
-        self._make = make
-        self._start()
-        _POOLS.add(self)
-
-    def _start(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
-        self._free: list[Workspace] = []
-        self._made = 0
-        self._running = 0
-        self._closed = False
-
-    def take(self) -> Workspace:
-        """A workspace for one call; :meth:`give` it back.
-
-        Raises:
-            UsageError: the model is closed.
-        """
-        with self._changed:
-            while not self._free and self._made >= self.limit and not self._closed:
-                self._changed.wait()
-            self._enter()
-            if self._free:
-                return self._free.pop()
-            self._made += 1
-        try:
-            return self._make()
-        except BaseException:
-            with self._changed:
-                self._made -= 1
-                self._leave()
-            raise
-
-    def give(self, workspace: Workspace) -> None:
-        """Return what :meth:`take` gave."""
-        with self._changed:
-            self._free.append(workspace)
-            self._leave()
-
-    def enter(self) -> None:
-        """Count a call with a workspace of its own; :meth:`leave` when it is done.
-
-        Raises:
-            UsageError: the model is closed.
-        """
-        with self._changed:
-            self._enter()
-
-    def leave(self) -> None:
-        """The counterpart of :meth:`enter`."""
-        with self._changed:
-            self._leave()
-
-    def close(self) -> None:
-        """Refuse new calls, wait for those that run, and let go of the memory."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-            while self._running:
-                self._changed.wait()
-            self._free.clear()
-
-    def _enter(self) -> None:
-        if self._closed:
-            raise UsageError("the model is closed")
-        self._running += 1
-
-    def _leave(self) -> None:
-        self._running = max(self._running - 1, 0)  # after a fork from inside a call, that call is not counted
-        self._changed.notify_all() if self._closed else self._changed.notify()
-
-    def after_fork(self) -> None:
-        """In the child: other threads, and the workspaces and locks they held, are gone."""
-        closed = self._closed
-        self._start()
-        self._closed = closed
-
-
-_POOLS: weakref.WeakSet[WorkspacePool] = weakref.WeakSet()
-
-
-def _restart_pools() -> None:
-    for pool in list(_POOLS):
-        pool.after_fork()
-
-
-os.register_at_fork(after_in_child=_restart_pools)

@@ -145,8 +145,16 @@ def test_usage_errors(toy_model, toy):
         toy_model.entry("nope")
     with pytest.raises(UsageError, match="no entry point 'nope'"):
         tilewright.load(toy, entry="nope")
-    with pytest.raises(UsageError, match="unknown device 'cuda'"):
-        tilewright.load(toy, device="cuda")
+    for device in ("gpu", "cuda:", "cuda:01", "cuda:-1", "", None):
+        with pytest.raises(UsageError, match="unknown device"):
+            tilewright.load(toy, device=device)
+    for device in ("cuda", "cuda:3", "interpreter"):
+        with pytest.raises(ArtifactError, match="holds no kernels for .*, but cpu:x86-64-v9, cpu:generic"):
+            tilewright.load(toy, device=device)
+    with pytest.raises(UsageError, match="device 'cuda' takes no number of threads"):
+        tilewright.load(toy, device="cuda", threads=2)
+    with pytest.raises(UsageError, match="device 'cpu' takes no stream"):
+        tilewright.load(toy, device="cpu", stream=0)
     for threads in (0, -1, 513, 1.5, True):
         with pytest.raises(UsageError, match="threads must be a number from 1 to 512"):
             tilewright.load(toy, threads=threads)
@@ -277,22 +285,24 @@ def test_trace_that_raises_ends_the_run(toy_model, toy_reference):
     assert len(toy_model.profile(*inputs(5))) == 2
 
 
-def test_blocked_buffers_are_read_in_their_logical_shape(toy_model, toy):
+def test_images_are_read_in_their_logical_shape(toy_model, toy):
     from tilewright.runtime.inspection import Reader
-
-    class Memory:
-        arena = np.zeros(64 + 2 * 2 * 3 * 5 * 16 * 4, np.uint8)
 
     logical = np.arange(2 * 20 * 3 * 5, dtype=np.float32).reshape(2, 20, 3, 5)
     padded = np.zeros((2, 32, 3, 5), np.float32)
     padded[:, :20] = logical
-    Memory.arena[64:] = np.ascontiguousarray(padded.reshape(2, 2, 16, 3, 5).transpose(0, 1, 3, 4, 2)).view("u1").ravel()
+    stored = {
+        0: padded.reshape(2, 2, 16, 3, 5).transpose(0, 1, 3, 4, 2),
+        3: logical.transpose(0, 2, 3, 1),
+    }
     buffer = Buffer("b", "float32", ("n", 20, 3, 5), "channels16", 3840, 0, 0)
     strange = Buffer("s", "float32", ("n",), "spiral", 64, 0, 0)
     small = Buffer("t", "float32", ("n", 100), "rows", 64, 0, 0)
-    plan = Plan("e", (), (), (), {}, (), (), (), (buffer, strange, small), ())
-    read = Reader(plan, {"n": 2}, [64, 0, 0], Memory, (), (), np.zeros(0, np.uint8))
+    last = Buffer("l", "float32", ("n", 20, 3, 5), "channels_last", 2400, 0, 0)
+    plan = Plan("e", (), (), (), {}, (), (), (), (buffer, strange, small, last), ())
+    read = Reader(plan, {"n": 2}, lambda ref, count: np.frombuffer(stored[ref.index].tobytes(), np.uint8)[:count])
     np.testing.assert_array_equal(read(Ref("buffer", 0)), logical)
+    np.testing.assert_array_equal(read(Ref("buffer", 3)), logical)
     with pytest.raises(ArtifactError, match="unknown layout 'spiral'"):
         read(Ref("buffer", 1))
     with pytest.raises(ArtifactError, match="does not fit its place"):

@@ -1,0 +1,222 @@
+"""The CPU: a native library per model, with one C function per entry point (``tw_run_<entry>``)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import cpu
+from .arrays import input_array, new_output, output_arrays
+from .artifact import Artifact, map_weights
+from .binding import Binding, cached_binder
+from .device import Device
+from .dtypes import numpy_dtype
+from .entry import Entry, Source, StepTime, TraceCallback, index_error, ordered
+from .inspection import Reader
+from .library import TRACE, Library, Record, Records, ThreadPool
+from .manifest import FILE_NAME
+from .plan import Plan, Ref
+from .results import compile_results
+from .workspace import Frame, Workspace, bind_arrays
+
+
+class CpuDevice(Device[Workspace]):
+    """The processor, with the model's library and thread pool."""
+
+    name = "cpu"
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        """Choose the target that fits this processor, open its library and map the weights.
+
+        Raises:
+            ArtifactError: no target fits, or the library cannot be used.
+        """
+        target = cpu.choose(artifact.manifest.targets, cpu.features(), str(artifact.path / FILE_NAME))
+        self.target = target.name
+        self.plans = artifact.devices["cpu"]
+        self.threads = threads
+        self.limit = max(2, threads)
+        code = artifact.library(target)
+        weights = map_weights(artifact)
+        library = Library(code, artifact.weights)
+        self._native = ThreadPool(library, threads)
+        self._executables = {name: Executable(plan, library, weights) for name, plan in self.plans.items()}
+        self._weights = weights
+
+    def workspace(self) -> Workspace:
+        """Arena and states for one call at a time."""
+        return Workspace(self.plans, self._weights, self._native)
+
+    def entry(self, name: str, source: Source[Workspace]) -> Entry[Workspace]:
+        """An entry point whose calls run on workspaces of a source."""
+        return CpuEntry(self._executables[name], source)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._native.close()
+
+    def __str__(self) -> str:
+        return f"{self.target}, {self.threads} threads"
+
+
+class Executable:
+    """What all calls of an entry point share; immutable."""
+
+    def __init__(self, plan: Plan, library: Library, weights: np.ndarray) -> None:
+        """Prepare an entry point.
+
+        Args:
+            plan: of the entry point.
+            library: its code.
+            weights: the data section of the weight file, as bytes.
+
+        Raises:
+            ArtifactError: the library does not export its functions.
+        """
+        self.plan = plan
+        self.name = plan.entry
+        self.weights = weights
+        self.library = library
+        self.run = library.run_function(plan.entry)
+        self.arena = library.arena_function(plan.entry)
+        arena = self.arena
+        self.bind = cached_binder(plan, lambda symbols: int(arena(symbols, None)))
+        self.results = compile_results(plan.results)
+        self.stateful = bool(plan.states)
+        self._inputs = tuple((port, numpy_dtype(port.dtype)) for port in plan.inputs)
+        self._output_dtypes = tuple(numpy_dtype(port.dtype) for port in plan.outputs)
+
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[np.ndarray]:
+        """The arrays of a call, in the order of the plan."""
+        if kwargs or len(args) != len(self._inputs):
+            args = ordered(self.plan, args, kwargs)
+        arrays = []
+        for value, (port, dtype) in zip(args, self._inputs, strict=True):
+            if not (type(value) is np.ndarray and value.dtype is dtype and value.flags.carray):
+                value = input_array(value, port)
+            arrays.append(value)
+        return arrays
+
+    def outputs(self, binding: Binding, inputs: Sequence[np.ndarray], out: Any) -> list[np.ndarray]:
+        """Arrays for the results: those of the caller, new ones for the rest."""
+        fresh = zip(binding.outputs, self._output_dtypes, strict=True)
+        if out is None:
+            return [new_output(shape, dtype, count) for (shape, count), dtype in fresh]
+        given = output_arrays(out, self.plan.outputs, [shape for shape, _ in binding.outputs], inputs)
+        return [
+            new_output(shape, dtype, count) if array is None else array
+            for array, ((shape, count), dtype) in zip(given, fresh, strict=True)
+        ]
+
+    def memory(
+        self, workspace: Workspace, binding: Binding, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]
+    ) -> Any:
+        """A function that gives the bytes of an operand, for :class:`Reader`."""
+        offsets = (ctypes.c_int64 * max(len(self.plan.buffers), 1))()
+        self.arena(binding.symbols, offsets)
+
+        def bytes_of(ref: Ref, count: int) -> np.ndarray:
+            if ref.kind == "constant":
+                return self.weights[self.plan.constants[ref.index].offset :][:count]
+            if ref.kind == "state":
+                return workspace.states[self.plan.states[ref.index].name][:count].copy()
+            if ref.kind == "buffer":
+                return workspace.arena[offsets[ref.index] :][:count].copy()
+            array = (inputs if ref.kind == "input" else outputs)[ref.index]
+            return np.frombuffer(array.tobytes(), np.uint8)
+
+        return bytes_of
+
+
+class CpuEntry(Entry[Workspace]):
+    """An entry point on the CPU."""
+
+    def __init__(self, executable: Executable, source: Source[Workspace]) -> None:
+        super().__init__(executable.plan, source)
+        self._executable = executable
+
+    def __call__(self, *args: Any, out: Any = None, **kwargs: Any) -> Any:
+        """Run the model; see :meth:`Entry.__call__`."""
+        executable = self._executable
+        inputs = executable.inputs(args, kwargs)
+        binding = executable.bind(tuple([array.shape for array in inputs]))
+        outputs = executable.outputs(binding, inputs, out)
+        workspace = self._source.take()
+        try:
+            frame = self._prepare(workspace, binding, inputs, outputs)
+            fault = executable.run(frame.reference)
+        finally:
+            self._source.give(workspace)
+        if fault:
+            raise index_error(executable.plan, fault - 1)
+        return executable.results(outputs, binding.values)
+
+    def profile(self, *args: Any, **kwargs: Any) -> list[StepTime]:
+        """Run once and give when each step ran, by the monotonic clock."""
+        executable = self._executable
+        inputs = executable.inputs(args, kwargs)
+        binding = executable.bind(tuple(array.shape for array in inputs))
+        outputs = executable.outputs(binding, inputs, None)
+        capacity = len(executable.plan.steps)
+        items = (Record * max(capacity, 1))()
+        records = Records(items, capacity, 0)
+        workspace = self._source.take()
+        try:
+            frame = self._prepare(workspace, binding, inputs, outputs)
+            frame.call.trace = executable.library.record
+            frame.call.trace_user = ctypes.addressof(records)
+            try:
+                fault = executable.run(frame.reference)
+            finally:
+                frame.call.trace = None
+        finally:
+            self._source.give(workspace)
+        if fault:
+            raise index_error(executable.plan, fault - 1)
+        return [StepTime(item.step, item.variant, item.begin_ns, item.end_ns) for item in items[: records.count]]
+
+    def trace(self, callback: TraceCallback, *args: Any, **kwargs: Any) -> Any:
+        """Run, stopping after each step; see :meth:`Entry.trace`."""
+        executable = self._executable
+        inputs = executable.inputs(args, kwargs)
+        binding = executable.bind(tuple(array.shape for array in inputs))
+        outputs = executable.outputs(binding, inputs, None)
+        raised: list[BaseException] = []
+        workspace = self._source.take()
+        try:
+            frame = self._prepare(workspace, binding, inputs, outputs)
+            reader = Reader(executable.plan, binding.values, executable.memory(workspace, binding, inputs, outputs))
+
+            def step_done(user: Any, step: int, variant: int, begin: int, end: int) -> None:
+                try:
+                    callback(step, variant, reader)
+                except BaseException as error:  # must not unwind through C
+                    raised.append(error)
+                    frame.call.fault = -1
+
+            hook = TRACE(step_done)
+            frame.call.trace = ctypes.cast(hook, ctypes.c_void_p).value
+            try:
+                fault = executable.run(frame.reference)
+            finally:
+                frame.call.trace = None
+        finally:
+            self._source.give(workspace)
+        if raised:
+            raise raised[0]
+        if fault:
+            raise index_error(executable.plan, fault - 1)
+        return executable.results(outputs, binding.values)
+
+    def _prepare(
+        self, workspace: Workspace, binding: Binding, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]
+    ) -> Frame:
+        frame = workspace.frame(self._executable.name, binding)
+        if self._executable.stateful and self._source.fresh:
+            workspace.reset(self._executable.name)
+        bind_arrays(frame, inputs, outputs)
+        frame.call.fault = 0
+        return frame

@@ -14,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def write_artifact(
     info: Mapping[str, Any],
     sources: Mapping[str, bytes] | None = None,
     progress: Progress | None = None,
-    check: Callable[[Path], None] | None = None,
+    check: Callable[[Path], Mapping[str, Any] | None] | None = None,
 ) -> Path:
     """Write an artifact; the same arguments give the same bytes.
 
@@ -116,7 +116,8 @@ def write_artifact(
             runs.
         info: anything JSON-able that ``inspect`` shows: source, options, memory, provenance.
         progress: called with (bytes written, bytes in all) of the weights.
-        check: called with the complete directory before it takes its place; if it raises, nothing is left.
+        check: called with the complete directory before it takes its place; if it raises, nothing is left. What it
+            returns is added to ``info``.
 
     Returns:
         The directory.
@@ -148,21 +149,19 @@ def write_artifact(
             files.append(_write(folder, f"{TRITON_SOURCES}/{path}", (content,)))
         files.append(_write(folder, weight_files.FILE_NAME, _weights(layout, constants, progress)))
         weights = Weights(weight_files.FILE_NAME, layout.id, layout.size)
-        manifest = Manifest(
-            FORMAT_VERSION,
-            f"tilewright {__version__}",
-            tuple(entries),
-            tuple(listed),
-            weights,
-            tuple(files),
-            dict(info),
-        )
-        content = manifests.dump(manifest)
-        manifests.parse(content, manifests.FILE_NAME)
-        _write(folder, manifests.FILE_NAME, (content,))
-        if check is not None:
-            check(folder)
+        producer = f"tilewright {__version__}"
+        manifest = Manifest(FORMAT_VERSION, producer, tuple(entries), tuple(listed), weights, tuple(files), dict(info))
+        _write_manifest(folder, manifest)
+        if check is not None and (more := check(folder)):
+            (folder / manifests.FILE_NAME).unlink()
+            _write_manifest(folder, replace(manifest, info=manifest.info | dict(more)))
     return output
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    content = manifests.dump(manifest)
+    manifests.parse(content, manifests.FILE_NAME)
+    _write(folder, manifests.FILE_NAME, (content,))
 
 
 def _layout(specs: Iterable[ConstantData]) -> weight_files.Layout:

@@ -18,7 +18,7 @@ from .cache import Cache
 from .lower import KernelSource, KernelTable, Lowered, lower
 from .regions import Family
 from .storage import ConstantTable
-from .targets import Target
+from .targets import GpuTarget, Target
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,26 @@ def build_kernels(
     return build(code.plans, code.kernels, Weights(identity, size), targets, compiler, cache, progress)
 
 
+def build_gpu_kernels(
+    generated: Generated,
+    targets: Sequence[GpuTarget],
+    cache: Cache | None,
+    progress: Callable[[str], None] | None = None,
+    ptx: bool = False,
+) -> list[TargetBinaries]:
+    """Compile the Triton kernels for every GPU target; ``ptx`` stores PTX for newer GPUs, too."""
+    from .triton.backend import build as build_triton
+
+    code = generated.devices["cuda"]
+    return build_triton(code.kernels, targets, cache, progress, ptx, plans=code.plans)
+
+
 def triton_sources(generated: Generated) -> dict[str, bytes]:
     """The files of the GPU kernels' sources by name: what every GPU target shares, and what the interpreter runs."""
-    from .triton.compiler import headers
+    from .triton.backend import sources
 
     code = generated.devices.get("cuda")
-    if code is None:
-        return {}
-    texts = {kernel.name: kernel.text for kernel in code.kernels} | headers()
-    return {f"{name}.py": text.encode() for name, text in texts.items()}
+    return sources(code.kernels) if code is not None else {}
 
 
 def _plans(entries: Sequence[Lowered], constants: Sequence[Constant]) -> tuple[Plan, ...]:

@@ -18,9 +18,10 @@ import torch
 from ..codegen.artifact import check_output, plan_name, write_artifact
 from ..codegen.c.toolchain import find_compiler
 from ..codegen.cache import user_cache
-from ..codegen.generate import Generated, build_kernels, generate, triton_sources
+from ..codegen.generate import Generated, build_gpu_kernels, build_kernels, generate, triton_sources
 from ..codegen.memory import measure
 from ..codegen.roles import fusion_roles
+from ..codegen.triton.pool import find_triton
 from ..passes.graph.program import Program
 from ..passes.manager import PassManager, PassRecord
 from ..passes.pipeline import pipeline
@@ -38,6 +39,7 @@ from .verification import (
     require_equal,
     verify_outputs,
     verify_program,
+    why_not_here,
 )
 
 Progress = Callable[[str, str], None]  # (phase, what it is at)
@@ -140,6 +142,8 @@ class Compilation:
         check_output(output)
         chosen = self.targets
         compiler = find_compiler() if chosen.cpu else None
+        if chosen.cuda:
+            find_triton()
         captured = self.capture(source, args, kwargs, shapes, entries, inputs)
         references = [reference_of(program) for program in captured] if self.options.verify != "off" else []
         programs, records = self.rewrite(captured)
@@ -153,6 +157,8 @@ class Compilation:
         with self._phase("kernels") as detail:
             if compiler is not None:
                 binaries += build_kernels(generated, chosen.cpu, compiler, user_cache(), detail)
+            if chosen.cuda:
+                binaries += build_gpu_kernels(generated, chosen.cuda, user_cache(), detail, self.options.ptx)
         errors: list[OutputError] = []
         with self._phase("write") as detail:
             info = self._info(source, programs, generated, records)
@@ -160,7 +166,7 @@ class Compilation:
                 output, plans={device: code.plans for device, code in generated.devices.items()},
                 constants=generated.constants, targets=binaries, sources=triton_sources(generated), info=info,
                 progress=lambda done, total: detail(f"{done >> 20} of {total >> 20} MiB"),
-                check=lambda folder: errors.extend(self.verify(folder, references, programs)),
+                check=lambda folder: self._check(folder, references, programs, errors),
             )  # fmt: skip
         return Artifact(path, self.seconds, records, errors)
 
@@ -202,22 +208,37 @@ class Compilation:
             generate(programs, self.options.products)
         return found
 
-    def verify(self, path: Path, references: Sequence[Program], lowered: Rewritten) -> list[OutputError]:
-        """The artifact against eager PyTorch, before it takes its place; nothing where verification is off.
+    def _check(
+        self, path: Path, references: Sequence[Program], lowered: Rewritten, errors: list[OutputError]
+    ) -> dict[str, Any]:
+        """Verify the finished artifact; how that was done goes into its manifest where a GPU may not have been here."""
+        if not references:
+            return {}
+        here = {device: not why_not_here(path, device) for device in lowered}
+        errors += self.verify(path, references, lowered, here)
+        return {"verification": {"cuda": {"device_run": here["cuda"]}}} if "cuda" in lowered else {}
 
-        GPU code that no GPU is here for is not run: then the program after the passes is, in eager PyTorch.
+    def verify(
+        self, path: Path, references: Sequence[Program], lowered: Rewritten, here: Mapping[str, bool]
+    ) -> list[OutputError]:
+        """The artifact against eager PyTorch, before it takes its place.
+
+        Args:
+            path: the complete artifact.
+            references: the programs before all passes.
+            lowered: the programs after them, by kind of device.
+            here: the kinds of device whose code can be run here. Of the others the program after the passes is run, in
+                eager PyTorch.
 
         Raises:
             NumericsError: lists the outputs beyond their tolerance, and what goes wrong first.
         """
         errors: list[OutputError] = []
-        if not references:
-            return errors
         with self._phase("verify") as detail:
             for device, programs in lowered.items():
                 for reference, program in zip(references, programs, strict=True):
                     detail(plan_name(reference.name, device))
-                    if device == "cpu":
+                    if here[device]:
                         errors += self._verify_on(path, device, reference, program)
                     else:
                         errors += self._verify_passes(device, reference, program)
@@ -226,9 +247,12 @@ class Compilation:
     def _verify_on(self, path: Path, device: str, reference: Program, program: Program) -> list[OutputError]:
         with load(path, device=device) as model:
             entry = model.entry(reference.name)
-            found = verify_outputs(entry, reference)
+            found = verify_outputs(entry, reference, device, self.options.precision)
             wrong = next((error for error in found if not error.ok), None)
-            require_equal(found, first_divergence(entry, program, reference, wrong.sizes) if wrong else "")
+            hint = ""
+            if wrong is not None:
+                hint = first_divergence(entry, program, reference, wrong.sizes, self.options.precision)
+            require_equal(found, hint)
         return found
 
     def _verify_passes(self, device: str, reference: Program, program: Program) -> list[OutputError]:

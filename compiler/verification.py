@@ -6,6 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from ..codegen.lower import output_names
 from ..passes.base import Report
 from ..passes.graph.program import Program
 from ..passes.graph.regions import is_region
-from ..passes.verify import TOLERANCES, error_of, tolerances_of
+from ..passes.verify import COARSER, TOLERANCES, error_of, tolerances_of
 from ..passes.verify import compare as compare_outputs
 from ..passes.widen_floats import WidenFloats
+from ..runtime.artifact import read_artifact
 from ..runtime.entry import Entry
 from ..runtime.errors import NumericsError
 from ..runtime.plan import Plan, Ref
@@ -74,32 +76,45 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return TOLERANCES.get(dtype, 0.0)
 
 
-def verify_outputs(entry: Entry, reference: Program) -> list[OutputError]:
+def why_not_here(path: Path, device: str) -> str:
+    """Why an artifact's code for a kind of device cannot be run on this machine; empty where it can."""
+    if device == "cpu":
+        return ""  # loading says what the processor lacks
+    from ..runtime.cuda.probe import why_not
+
+    return why_not(read_artifact(path))
+
+
+def verify_outputs(entry: Entry, reference: Program, device: str = "cpu", precision: str = "auto") -> list[OutputError]:
     """Run an entry point and eager PyTorch on the same inputs at several sizes.
 
     Args:
         entry: of the loaded artifact.
         reference: the program as captured, before any pass (:func:`reference_of`).
+        device: the kind of device that the entry point's plan is for.
+        precision: what it was asked to compute in; a coarser one than the model's sets the tolerance.
 
     Returns:
-        One error per output and assignment of the symbols; empty where the model returns no tensor.
+        One error per output and assignment of the symbols; empty where the model returns no tensor. Integers that
+        follow from half-precision numbers are compared where those are computed in float32, as on a CPU; elsewhere a
+        unit in the last place decides them.
     """
     found = []
-    tolerances = tolerances_of(reference)
-    # Integers that follow from half-precision numbers are those of the same model in float32, as artifacts compute it.
-    wide = _widened(reference) if inf in tolerances else reference
+    tolerances = tolerances_of(reference, precision)
+    wide = _widened(reference) if inf in tolerances and device == "cpu" else reference
     for values in assignments(reference):
         inputs = make_inputs(reference, values)
         eager = reference.run(inputs)
         exact = eager if wide is reference else wide.run(inputs)
         expected = [
-            (value, tolerance) if tolerance < inf else (same, 0.0)
+            (value, tolerance) if tolerance < inf or device != "cpu" else (same, 0.0)
             for value, same, tolerance in zip(eager, exact, tolerances, strict=True)
             if isinstance(value, torch.Tensor)
         ]
         results = zip(entry.plan.outputs, expected, run_entry(entry, inputs, values), strict=False)
         for port, (want, tolerance), got in results:
-            found.append(OutputError(entry.name, port.name, values, error_of(want, got), tolerance))
+            if tolerance < inf:
+                found.append(OutputError(entry.name, port.name, values, error_of(want, got), tolerance, device))
     return found
 
 
@@ -177,14 +192,16 @@ class KernelError:
         return self.error <= self.tolerance
 
 
-def verify_kernels(entry: Entry, lowered: Program) -> list[KernelError]:
+def verify_kernels(entry: Entry, lowered: Program, precision: str = "auto") -> list[KernelError]:
     """Compare what every kernel wrote with the value of its node in eager PyTorch, on the sample.
 
     Args:
         entry: of the loaded artifact.
         lowered: the program after all passes, whose regions are the artifact's steps.
+        precision: what it was asked to compute in; a coarser one than the model's sets the tolerance.
     """
     expected = _node_values(lowered)
+    least = TOLERANCES[COARSER[precision]] if precision in COARSER else 0.0
     plan = entry.plan
     found: list[KernelError] = []
 
@@ -194,16 +211,19 @@ def verify_kernels(entry: Entry, lowered: Program) -> list[KernelError]:
             ref = launched.operands[position]
             name = _written_name(plan, ref)
             if name in expected:
-                got = torch.from_numpy(read(ref).copy())
+                got = _tensor(read(ref))
                 want = expected[name]
                 error = error_of(want, got.reshape(want.shape) if got.numel() == want.numel() else got)
-                found.append(KernelError(step, plan.steps[step].name, name, error, tolerance_of(want.dtype)))
+                tolerance = max(tolerance_of(want.dtype), least if want.is_floating_point() else 0.0)
+                found.append(KernelError(step, plan.steps[step].name, name, error, tolerance))
 
     entry.trace(compare, *lowered.sample)
     return found
 
 
-def first_divergence(entry: Entry, lowered: Program, reference: Program, sizes: Mapping[str, int]) -> str:
+def first_divergence(
+    entry: Entry, lowered: Program, reference: Program, sizes: Mapping[str, int], precision: str = "auto"
+) -> str:
     """Where outputs that are wrong at some sizes first go wrong, in words: a kernel, or the passes before all kernels.
 
     Args:
@@ -211,9 +231,10 @@ def first_divergence(entry: Entry, lowered: Program, reference: Program, sizes: 
         lowered: the program after all passes, whose regions are the artifact's steps.
         reference: the program before any pass.
         sizes: an assignment of the symbols at which an output is beyond its tolerance.
+        precision: what it was asked to compute in.
     """
     program = replace(lowered, sample=make_inputs(reference, sizes))
-    kernel = next((error for error in verify_kernels(entry, program) if not error.ok), None)
+    kernel = next((error for error in verify_kernels(entry, program, precision) if not error.ok), None)
     if kernel is not None:
         origin = entry.plan.steps[kernel.step].origin
         where = " ".join(
@@ -224,7 +245,7 @@ def first_divergence(entry: Entry, lowered: Program, reference: Program, sizes: 
             f"{', ' + where if where else ''}): error {kernel.error:.2e}, tolerance {kernel.tolerance:.0e}. "
             "Compile with --verify off to get the artifact and look at it with tilewright verify --kernels."
         )
-    limits = tolerances_of(reference)
+    limits = tolerances_of(reference, precision)
     errors = compare_outputs(reference.run(program.sample), lowered.run(program.sample))
     if any(not error <= limit for error, limit in zip(errors, limits, strict=True)):
         return "A pass changed the model: compile with --verify passes to find it."
@@ -253,6 +274,13 @@ def _node_values(program: Program) -> dict[str, torch.Tensor]:
     tensors = [value for i, value in enumerate(outputs) if i not in states and isinstance(value, torch.Tensor)]
     values |= {f"output:{i}": value for i, value in enumerate(tensors)}
     return values
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    """A copy of an array, which may be of bfloat16 as ml_dtypes has it."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view("uint16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
 
 
 def _array(tensor: torch.Tensor) -> Any:

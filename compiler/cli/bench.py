@@ -33,6 +33,7 @@ SHOWN = 20
 @options.sizes_option("Value of a size that varies, as in batch=8.")
 @click.option("--inputs", metavar="FILE.npz", help="Inputs by name, instead of made-up ones.")
 @options.entry
+@options.device
 @options.threads
 @click.option("--repeat", type=click.IntRange(1), metavar="N", help="Calls to time. [default: 3 seconds of them]")
 @click.option("--all", "show_all", is_flag=True, help=f"List every kernel, not just the {SHOWN} slowest.")
@@ -42,6 +43,7 @@ def bench(
     shapes: tuple[str, ...],
     inputs: str | None,
     entry: str | None,
+    device: str,
     threads: int | None,
     repeat: int | None,
     show_all: bool,
@@ -56,7 +58,7 @@ def bench(
 
     if inputs is not None and shapes:
         raise UsageError("--inputs has sizes of its own; leave --shape out")
-    with load(artifact, threads=threads, entry=entry) as model:
+    with load(artifact, threads=threads, entry=entry, device=device) as model:
         called = model.entry(entry or model.entries[0])
         if inputs is not None:
             arrays, origin = read_inputs((inputs,), called.plan), inputs

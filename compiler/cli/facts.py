@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...codegen.artifact import plan_name
 from ...codegen.memory import measure
 from ...runtime import sizes
 from ...runtime.artifact import Artifact
@@ -25,6 +26,13 @@ class KernelUse:
     bytes: int = 0
     modules: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+
+
+def plans_of(artifact: Artifact) -> dict[str, Plan]:
+    """All plans by name: that of the entry point, followed by ``.cuda`` where the plan is for GPUs."""
+    return {
+        plan_name(entry, device): plan for device, plans in artifact.devices.items() for entry, plan in plans.items()
+    }
 
 
 def artifact_bytes(artifact: Artifact) -> int:
@@ -109,6 +117,8 @@ def show_ranges(plan: Plan) -> str:
 
 def name_of(plan: Plan, ref: Ref) -> str:
     """The name of an operand."""
+    if ref.kind in ("fault", "counters"):
+        return ref.kind
     table: dict[str, tuple[Any, ...]] = {
         "input": plan.inputs,
         "output": plan.outputs,

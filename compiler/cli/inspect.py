@@ -22,7 +22,8 @@ Sections:
   graph     the fused graph: every step with its operands and where it comes from
   passes    what each pass of the compiler rewrote and refused
   plan      symbols, checks, and every step with its kernels, guards and sources
-  kernels   the kernels, what uses them, and their arithmetic
+  kernels   the kernels, what uses them, and their arithmetic; for GPUs also the registers, shared memory and spills
+            of every tile, and which tiles were rejected
   memory    scratch memory against its lower bound, and the largest buffers
   weights   packed constants and the tensors that they were made of
   kernel NAME  the source of one kernel
@@ -31,7 +32,7 @@ Sections:
 Examples:
   tilewright inspect resnet50.tw
   tilewright inspect resnet50.tw memory --shape batch=16
-  tilewright inspect resnet50.tw kernels
+  tilewright inspect resnet50.tw kernels --device cuda
   tilewright inspect resnet50.tw kernel conv_k3s1_64x64 | less
 """
 
@@ -43,6 +44,7 @@ Examples:
 @options.entry
 @options.sizes_option("Value of a size that varies, for amounts of memory and arithmetic. [default: the sample's]")
 @click.option("--target", metavar="T", help="Whose kernel source to show. [default: the artifact's first]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Restrict it to one kind of device.")
 @options.as_json
 def inspect(
     artifact: str,
@@ -51,11 +53,13 @@ def inspect(
     entry: str | None,
     shapes: tuple[str, ...],
     target: str | None,
+    device: str | None,
     as_json: bool,
 ) -> None:
     """Inspect an artifact."""
     from ...runtime.artifact import read_artifact
     from ...runtime.errors import UsageError
+    from . import facts
     from .sections import SHOW, describe, kernel_source
 
     if section not in (*SECTIONS, "kernel"):
@@ -71,8 +75,8 @@ def inspect(
         else:
             click.echo(found["source"], nl=False)
         return
-    chosen = _entries(opened, entry)
-    values = {one: options.parse_sizes(shapes, opened.plans[one]) for one in chosen}
+    plans = facts.plans_of(opened)
+    values = {one: options.parse_sizes(shapes, plans[one]) for one in _plans(opened, entry, device)}
     asked = values if shapes else None
     if as_json:
         emit_json(describe(section, opened, values, asked))
@@ -80,9 +84,18 @@ def inspect(
         SHOW[section](opened, values, asked)
 
 
-def _entries(opened: Artifact, entry: str | None) -> list[str]:
+def _plans(opened: Artifact, entry: str | None, device: str | None) -> list[str]:
+    """Names of the plans that were asked for."""
+    from ...codegen.artifact import plan_name
     from ...runtime.errors import UsageError
 
     if entry is not None and entry not in opened.plans:
         raise UsageError(f"there is no entry point {entry!r}; the artifact has {', '.join(opened.plans)}")
-    return [entry] if entry is not None else list(opened.plans)
+    if device is not None and device not in opened.devices:
+        raise UsageError(f"the artifact has nothing for {device}, only for {', '.join(opened.devices)}")
+    return [
+        plan_name(one, kind)
+        for kind, plans in opened.devices.items()
+        for one in plans
+        if entry in (None, one) and device in (None, kind)
+    ]

@@ -13,6 +13,10 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON d
 threads = click.option(
     "--threads", type=click.IntRange(1, 512), metavar="N", help="Threads per call. [default: all this process may use]"
 )
+device = click.option(
+    "--device", default="auto", show_default=True, metavar="D",
+    help="Where to run: cpu, cuda, cuda:N (the GPU's number), interpreter (GPU kernels, interpreted on the CPU), auto.",
+)  # fmt: skip
 entry = click.option("--entry", metavar="NAME", help="Entry point. [default: the artifact's first]")
 quiet = click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
 source_shapes = click.option(

@@ -33,6 +33,7 @@ Examples:
 @click.option("-i", "--input", "inputs", multiple=True, metavar="NAME=FILE", help="One more input; as an argument.")
 @click.option("-o", "--output", metavar="FILE", help="Save the outputs: .npz, or .npy where there is one.")
 @options.entry
+@options.device
 @options.threads
 @options.as_json
 def run(
@@ -41,6 +42,7 @@ def run(
     inputs: tuple[str, ...],
     output: str | None,
     entry: str | None,
+    device: str,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -48,7 +50,7 @@ def run(
     from ...runtime.model import load
     from .arrays import check_output_file, flatten_results, read_inputs, write_outputs
 
-    with load(artifact, threads=threads, entry=entry) as model:
+    with load(artifact, threads=threads, entry=entry, device=device) as model:
         called = model.entry(entry or model.entries[0])
         ports = called.plan.outputs
         if output is not None:

@@ -13,10 +13,10 @@ from ...runtime import sizes
 from ...runtime.artifact import Artifact
 from ...runtime.errors import ArtifactError, UsageError
 from ...runtime.plan import Constant, Plan, Step, to_json
-from . import facts
+from . import facts, gpu
 from .output import heading, show_bytes, show_sizes, table
 
-Values = Mapping[str, Mapping[str, int]]  # entry point → symbol → value
+Values = Mapping[str, Mapping[str, int]]  # plan → symbol → value
 Show = Callable[[Artifact, Values, Values | None], None]
 _LARGEST = 12
 
@@ -32,8 +32,9 @@ def describe(section: str, artifact: Artifact, values: Values, asked: Values | N
             "tensors": _weights(artifact),
         }
     entries: dict[str, Any] = {}
+    plans = facts.plans_of(artifact)
     for name, at in values.items():
-        plan = artifact.plans[name]
+        plan = plans[name]
         if section in ("graph", "plan"):
             entries[name] = to_json(plan)
         elif section == "kernels":
@@ -45,6 +46,8 @@ def describe(section: str, artifact: Artifact, values: Values, asked: Values | N
             entries[name] = _entry(plan)
     if section == "overview":
         return _overview(artifact) | {"entries": entries}
+    if section == "kernels" and "cuda" in artifact.devices:
+        return {"entries": entries, "tiles": gpu.tiles_of(artifact)}
     return {"entries": entries}
 
 
@@ -55,32 +58,42 @@ def kernel_source(artifact: Artifact, name: str, target: str | None) -> dict[str
         UsageError: no such kernel or target.
         ArtifactError: the file cannot be read.
     """
-    targets = {item.name: item for item in artifact.manifest.targets}
-    if target is not None and target not in targets:
-        raise UsageError(f"the artifact has no target {target!r}; it has {', '.join(targets)}")
-    chosen = targets[target] if target is not None else next(iter(targets.values()), None)
-    if chosen is None:
-        raise UsageError("the artifact has no native kernels")
-    folder = PurePosixPath(chosen.library).parent
-    path = str(folder / f"{name}.c")
-    listed = sorted(
-        PurePosixPath(record.path).stem
-        for record in artifact.manifest.files
-        if PurePosixPath(record.path).parent == folder and record.path.endswith(".c")
-    )
+    folders = _source_folders(artifact)
+    if target is not None and target not in folders:
+        raise UsageError(f"the artifact has no target {target!r}; it has {', '.join(folders)}")
+    if not folders:
+        raise UsageError("the artifact has no kernels")
+    listed: dict[str, tuple[str, str]] = {}  # kernel -> (target, path)
+    for one in [target] if target is not None else folders:
+        for record in artifact.manifest.files:
+            path = PurePosixPath(record.path)
+            if path.parent == folders[one] and path.suffix in (".c", ".py"):
+                listed.setdefault(path.stem, (one, record.path))
     if name not in listed:
-        raise UsageError(f"there is no kernel {name!r}; there are {', '.join(listed) or 'no sources'}")
+        raise UsageError(f"there is no kernel {name!r}; there are {', '.join(sorted(listed)) or 'no sources'}")
+    chosen, path = listed[name]
     try:
         source = (artifact.path / path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{artifact.path / path}: cannot be read: {error}") from None
     steps = [
         {"entry": entry, "step": index, "module": facts.where(step), "source": step.origin.source}
-        for entry, plan in artifact.plans.items()
+        for entry, plan in facts.plans_of(artifact).items()
         for index, step in enumerate(plan.steps)
         if any(variant.kernel == name for variant in step.variants)
     ]
-    return {"kernel": name, "target": chosen.name, "file": path, "steps": steps, "source": source}
+    return {"kernel": name, "target": chosen, "file": path, "steps": steps, "source": source}
+
+
+def _source_folders(artifact: Artifact) -> dict[str, PurePosixPath]:
+    """Target → the folder of its kernels' sources; all GPU targets have the same one, named even without a binary."""
+    folders = {}
+    for target in artifact.manifest.targets:
+        folder = gpu.SOURCES if target.name.startswith("cuda:") else PurePosixPath(target.library).parent
+        folders[target.name] = PurePosixPath(folder)
+    if "cuda" in artifact.devices and not any(name.startswith("cuda:") for name in folders):
+        folders["cuda"] = PurePosixPath(gpu.SOURCES)
+    return folders
 
 
 def _overview(artifact: Artifact) -> dict[str, Any]:
@@ -118,10 +131,16 @@ def _show_overview(artifact: Artifact, values: Values, asked: Values | None) -> 
             value = ", ".join(map(str, value)) or "none"
         click.echo(f"{key.replace('_', ' ')}: {value}")
     click.echo(f"size: {show_bytes(found['bytes'])}, of which weights {show_bytes(found['weights_bytes'])}")
+    tables = {f"cuda:{item.architecture}": item for item in gpu.tables_of(artifact)}
     for target in found["targets"]:
-        click.echo(f"target {target['name']}: needs {' '.join(target['features']) or 'no features'}")
+        if item := tables.get(target["name"]):
+            count = sum(len(kernel.binaries) for kernel in item.kernels)
+            click.echo(f"target {target['name']}: {count} binaries of {len(item.kernels)} kernels, by {item.compiler}")
+        else:
+            click.echo(f"target {target['name']}: needs {' '.join(target['features']) or 'no features'}")
+    plans = facts.plans_of(artifact)
     for name in values:
-        plan = artifact.plans[name]
+        plan = plans[name]
         heading(f"Entry {name}")
         for kind, ports in (("input ", plan.inputs), ("output", plan.outputs)):
             for port in ports:
@@ -136,8 +155,9 @@ def _show_overview(artifact: Artifact, values: Values, asked: Values | None) -> 
 
 
 def _show_graph(artifact: Artifact, values: Values, asked: Values | None) -> None:
+    plans = facts.plans_of(artifact)
     for name in values:
-        plan = artifact.plans[name]
+        plan = plans[name]
         click.echo(f"{name}({', '.join(map(facts.show_port, plan.inputs))}):")
         for step in plan.steps:
             click.echo(f"    {_statement(plan, step)}")
@@ -171,8 +191,9 @@ def _show_passes(artifact: Artifact, values: Values, asked: Values | None) -> No
 
 
 def _show_plan(artifact: Artifact, values: Values, asked: Values | None) -> None:
+    plans = facts.plans_of(artifact)
     for name in values:
-        plan = artifact.plans[name]
+        plan = plans[name]
         heading(f"Entry {name}")
         for symbol in plan.symbols:
             factor = f" // {symbol.factor}" if symbol.factor > 1 else ""
@@ -193,8 +214,9 @@ def _show_plan(artifact: Artifact, values: Values, asked: Values | None) -> None
 
 
 def _show_kernels(artifact: Artifact, values: Values, asked: Values | None) -> None:
+    plans = facts.plans_of(artifact)
     for name, at in values.items():
-        uses = facts.kernels_of(artifact.plans[name], at)
+        uses = facts.kernels_of(plans[name], at)
         heading(f"Kernels of {name}" + (f" at {show_sizes(at)}" if at else ""))
         rows = []
         for use in uses:
@@ -203,12 +225,38 @@ def _show_kernels(artifact: Artifact, values: Values, asked: Values | None) -> N
             origin = (f"{use.modules[0]}{more}", use.sources[0] if use.sources else "")
             rows.append((use.kernel, use.family, len(use.steps), ", ".join(use.guards), *amounts, *origin))
         table(("kernel", "family", "steps", "when", "MFLOP", "bytes", "module", "source"), rows, "llrlrrll")
+    if any(name.endswith(".cuda") for name in values):
+        _show_tiles(artifact)
     click.echo("'tilewright inspect DIR kernel NAME' shows a kernel's source")
 
 
+def _show_tiles(artifact: Artifact) -> None:
+    """The binaries of GPU kernels, then what was rejected and why."""
+    tiles = gpu.tiles_of(artifact)
+    if not tiles:
+        click.echo("this artifact has no GPU binaries: only the interpreter can run its GPU kernels")
+        return
+    heading("Tiles of GPU kernels (the first of a kernel is the default)")
+    columns = ("kernel", "tile", "architecture", "warps", "registers", "shared memory", "spills")
+    rows = [
+        (
+            item["kernel"], item["tile"], item["architecture"], item["warps"], item["registers"],
+            show_bytes(item["shared"]), show_bytes(item["spills"]),
+        )
+        for item in tiles
+        if not item["rejected"]
+    ]  # fmt: skip
+    table(columns, rows, "lllrrrr")
+    if rejected := [item for item in tiles if item["rejected"]]:
+        heading("Rejected tiles")
+        rows = [(item["kernel"], item["tile"], item["architecture"], item["rejected"]) for item in rejected]
+        table(("kernel", "tile", "architecture", "reason"), rows, "llll")
+
+
 def _show_memory(artifact: Artifact, values: Values, asked: Values | None) -> None:
+    plans = facts.plans_of(artifact)
     for name, at in values.items():
-        plan = artifact.plans[name]
+        plan = plans[name]
         heading(f"Scratch memory of {name}")
         rows = []
         for case in facts.memory_of(plan, asked[name] if asked else None):
@@ -249,7 +297,7 @@ def _weights(artifact: Artifact) -> list[dict[str, Any]]:
     """The tensors of the weight file with what they were made of and which kernels read them."""
     readers: dict[str, dict[str, None]] = collections.defaultdict(dict)
     constants: dict[str, Constant] = {}
-    for plan in artifact.plans.values():
+    for plan in facts.plans_of(artifact).values():
         constants |= {constant.key: constant for constant in plan.constants}
         for step in plan.steps:
             for variant in step.variants:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ...passes.graph.program import Program
     from ...runtime.artifact import Artifact
     from ...runtime.plan import Plan, Port
+    from ..options import CompileOptions
 
 HELP = """Check the artifact in DIR.
 
@@ -33,6 +34,10 @@ Examples:
   tilewright verify minilm.tw path/to/minilm --kernels
   tilewright verify net.tw net.onnx --inputs sample.npz
   tilewright verify net.tw --integrity
+  tilewright verify small.tw net.onnx --device interpreter --kernels
+
+GPU kernels can be verified without a GPU: --device interpreter runs them in Triton's interpreter, which is slow
+(minutes for a large model).
 
 \b
 Exit codes: 4 when a result is beyond its tolerance, 5 when a file is damaged.
@@ -46,6 +51,7 @@ Exit codes: 4 when a result is beyond its tolerance, 5 when a file is damaged.
 @click.option("--integrity", is_flag=True, help="Compare all files with their digests.")
 @options.source_shapes
 @options.sample_inputs
+@options.device
 @options.threads
 @options.quiet
 @options.as_json
@@ -56,6 +62,7 @@ def verify(
     integrity: bool,
     shapes: tuple[str, ...],
     inputs: str | None,
+    device: str,
     threads: int | None,
     quiet: bool,
     as_json: bool,
@@ -71,7 +78,7 @@ def verify(
         if not as_json:
             click.echo(f"{artifact}: {count} files, {show_bytes(size)}: all digests match")
     if not integrity or source is not None or kernels:
-        outputs, steps, missing = _compare(opened, source, shapes, inputs, kernels, threads, quiet)
+        outputs, steps, missing = _compare(opened, source, shapes, inputs, kernels, device, threads, quiet)
         found["outputs"] = [_plain(item) for item in outputs]
         if kernels:
             found |= {"kernels": [_plain(item) for item in steps], "kernels_not_compared": missing}
@@ -85,7 +92,7 @@ def verify(
 
 
 def _compare(
-    opened: Artifact, source: str | None, shapes: tuple[str, ...], inputs: str | None, kernels: bool,
+    opened: Artifact, source: str | None, shapes: tuple[str, ...], inputs: str | None, kernels: bool, device: str,
     threads: int | None, quiet: bool,
 ) -> tuple[list[Any], list[Any], int]:  # fmt: skip
     """Errors per output, errors per kernel, and how many steps had no counterpart in the graph."""
@@ -96,43 +103,61 @@ def _compare(
     with phases(quiet) as progress, redirect_stdout(sys.stderr):
         progress("import", "PyTorch and the compiler")
         from ..driver import Compilation
-        from ..options import CompileOptions
         from ..shapes import parse_options
-        from ..verification import reference_of, verify_kernels, verify_outputs
+        from ..verification import verify_kernels, verify_outputs
 
-        disabled = frozenset(opened.manifest.info.get("disabled_passes", ()))
-        compilation = Compilation(CompileOptions(disable_passes=disabled), progress)
-        dimensions = parse_options(shapes) or compiled_shapes(next(iter(opened.plans.values())))
-        try:
-            programs = compilation.capture(source, shapes=dimensions or None, inputs=inputs)
-        except UsageError as error:
-            if shapes:
-                raise
-            raise UsageError(f"{source} does not fit what the artifact was compiled for: {error}") from error
-        for program in programs:
-            if program.name not in opened.plans:
-                raise UsageError(
-                    f"{source} has the entry point {program.name!r}, the artifact {', '.join(opened.plans)}; an "
-                    "artifact with entry points of its own is verified when it is compiled (from Python)"
-                )
-            _require_same_inputs(program, opened.plans[program.name], source)
-        references = [reference_of(program) for program in programs]
-        if kernels:
-            programs = compilation.rewrite(programs)[0]["cpu"]
-        outputs: list[Any] = []
-        steps: list[Any] = []
-        missing = 0
-        with load(opened.path, threads=threads) as model:
-            for program, reference in zip(programs, references, strict=True):
+        with load(opened.path, threads=threads, device=device) as model:
+            kind = "cpu" if model.device == "cpu" else "cuda"
+            chosen = _options(opened, kind)
+            compilation = Compilation(chosen, progress)
+            dimensions = parse_options(shapes) or compiled_shapes(next(iter(opened.plans.values())))
+            try:
+                programs = compilation.capture(source, shapes=dimensions or None, inputs=inputs)
+            except UsageError as error:
+                if shapes:
+                    raise
+                raise UsageError(f"{source} does not fit what the artifact was compiled for: {error}") from error
+            for program in programs:
+                if program.name not in opened.plans:
+                    raise UsageError(
+                        f"{source} has the entry point {program.name!r}, the artifact {', '.join(opened.plans)}; an "
+                        "artifact with entry points of its own is verified when it is compiled (from Python)"
+                    )
+                _require_same_inputs(program, opened.plans[program.name], source)
+            lowered = compilation.rewrite(programs)[0][kind] if kernels else programs
+            outputs: list[Any] = []
+            steps: list[Any] = []
+            missing = 0
+            for program, reference in zip(lowered, programs, strict=True):
                 progress("outputs", program.name)
                 entry = model.entry(program.name)
-                outputs += verify_outputs(entry, reference)
+                outputs += verify_outputs(entry, reference, kind, chosen.precision)
                 if kernels:
                     progress("kernel results", program.name)
-                    found = verify_kernels(entry, program)
+                    found = verify_kernels(entry, program, chosen.precision)
                     steps += found
                     missing += len(entry.plan.steps) - len({item.step for item in found})
     return outputs, steps, missing
+
+
+def _options(opened: Artifact, kind: str) -> CompileOptions:
+    """How the artifact was compiled, as far as it decides what the passes make of the model for a kind of device."""
+    from ...runtime.errors import ArtifactError, UsageError
+    from ..options import CompileOptions
+
+    targets = tuple(item.name for item in opened.manifest.targets if item.name.startswith(f"{kind}:"))
+    info = opened.manifest.info
+    try:
+        return CompileOptions(
+            target=targets or (_ANY_TARGET[kind],),
+            precision=info.get("precision", {}).get("requested", "auto"),
+            disable_passes=frozenset(info.get("disabled_passes", ())),
+        )
+    except (UsageError, AttributeError, TypeError) as error:
+        raise ArtifactError(f"{opened.path}: does not say how it was compiled: {error}") from None
+
+
+_ANY_TARGET = {"cpu": "cpu", "cuda": "cuda:sm_80"}
 
 
 def compiled_shapes(plan: Plan) -> dict[str, str]:

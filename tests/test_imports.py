@@ -1,6 +1,7 @@
 """A folder is a stage and imports run one way: which folder may import which, read from the source."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,12 @@ def test_every_package_is_checked():
     found = {path.parent.relative_to(ROOT).parts[0] for path in ROOT.glob("*/__init__.py")}
     assert found <= {folder.split("/")[0] for folder in ALLOWED}
     assert len(FILES) > 100
+
+
+def test_every_package_is_installed():
+    """The wheel has the packages that pyproject.toml lists; an editable install has all of them."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    stages = {folder.split("/")[0] for folder in ALLOWED}
+    found = {ROOT} | {init.parent for stage in stages for init in (ROOT / stage).rglob("__init__.py")}
+    names = {".".join(("tilewright", *folder.relative_to(ROOT).parts)) for folder in found}
+    assert sorted(listed) == sorted(names)

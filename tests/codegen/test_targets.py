@@ -1,8 +1,11 @@
 import itertools
+import sys
+import types
 
 import pytest
 
-from tilewright.codegen.targets import BASES, best, known, parse, parse_list
+from tilewright.codegen.architectures import ARCHITECTURES, architecture, for_capability
+from tilewright.codegen.targets import BASES, best, known, known_gpus, parse, parse_cpu, parse_list
 from tilewright.runtime.errors import UsageError
 
 V3 = set(BASES[0].features)
@@ -38,12 +41,17 @@ def test_extension_order_and_repetition_do_not_matter():
         "cpu:aarch64",
         "",
         "v4",
+        "sm_90",
+        "cuda:",
+        "cuda:sm_75",
+        "cuda:sm_90a",
+        "cuda:90",
     ],
 )
 def test_unknown_targets_list_the_known_ones(text):
     with pytest.raises(UsageError) as error:
         parse(text, V4)
-    assert all(target.name in str(error.value) for target in known())
+    assert all(target.name in str(error.value) for target in (*known(), *known_gpus()))
 
 
 def test_cpu_is_the_best_of_this_machine():
@@ -64,3 +72,109 @@ def test_list():
     assert [t.name for t in parse_list("cpu:x86-64-v4, cpu,cpu:x86-64-v3", V3)] == ["cpu:x86-64-v4", "cpu:x86-64-v3"]
     with pytest.raises(UsageError):
         parse_list(" , ", V3)
+
+
+# ---- GPUs ----
+
+
+def test_gpu_names_parse_back():
+    names = [target.name for target in known_gpus()]
+    assert names == [f"cuda:sm_{number}" for number in (80, 86, 89, 90, 100, 120)]
+    assert [parse(f" {name}", ()) for name in names] == list(known_gpus())
+    assert {target.device for target in known_gpus()} == {"cuda"} and {target.device for target in known()} == {"cpu"}
+
+
+def test_list_of_both_kinds():
+    found = parse_list("cuda:sm_90,cpu,cuda:sm_80,cuda:sm_90", V3)
+    assert [target.name for target in found] == ["cuda:sm_90", "cpu:x86-64-v3", "cuda:sm_80"]
+    with pytest.raises(UsageError, match="unknown target 'cuda:sm_90'"):
+        parse_cpu("cuda:sm_90", V3)
+
+
+def test_architectures_are_plausible():
+    assert architecture("sm_90").capability == 90 and architecture("sm_120").capability == 120
+    with pytest.raises(UsageError, match="unknown GPU architecture 'sm_70'; there are sm_80, .*sm_120"):
+        architecture("sm_70")
+    for one in ARCHITECTURES:
+        assert one.name == f"sm_{one.capability}"
+        assert one.shared_memory == one.shared_memory_total - 1024  # the driver keeps 1 KiB per program
+        assert one.threads == 32 * one.warps and one.warps >= one.programs
+        assert one.registers // one.threads >= 32
+        assert one.exact == one.descriptors == (one.major >= 9)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 7), "sm_86"), ((8, 9), "sm_89"), ((9, 0), "sm_90")],
+)
+def test_the_best_for_a_capability(capability, name):
+    assert for_capability(*capability).name == name
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 1), (10, 3), (12, 1), (13, 0)])
+def test_capabilities_that_nothing_fits(capability):
+    with pytest.raises(UsageError, match="compute capability {}.{}, for which there is no".format(*capability)):
+        for_capability(*capability)
+
+
+class Driver(types.SimpleNamespace):
+    """As much of the driver's bindings as is asked, on a machine with some GPUs or none."""
+
+    def __init__(self, *capabilities, problem=None):
+        ok, no_device = (types.SimpleNamespace(name=name) for name in ("CUDA_SUCCESS", "CUDA_ERROR_NO_DEVICE"))
+
+        def start(flags):
+            if problem is not None:
+                raise problem
+            return (ok if capabilities else no_device,)
+
+        super().__init__(
+            CUresult=types.SimpleNamespace(CUDA_SUCCESS=ok),
+            CUdevice_attribute=types.SimpleNamespace(
+                CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=0, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=1
+            ),
+            cuInit=start,
+            cuDeviceGet=lambda number: (ok, number),
+            cuDeviceGetAttribute=lambda attribute, device: (ok, capabilities[device][attribute]),
+        )
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Puts a driver, or none (None), in place of the machine's."""
+
+    def run(driver):
+        bindings = None if driver is None else types.ModuleType("cuda.bindings")
+        if bindings is not None:
+            bindings.driver = driver
+        monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)  # None: importing it fails
+
+    return run
+
+
+def test_cuda_is_the_gpu_of_this_machine(machine):
+    machine(Driver((9, 0), (8, 0)))
+    assert parse("cuda", ()).name == "cuda:sm_90"
+    machine(Driver((8, 7)))
+    assert parse("cuda", ()).name == "cuda:sm_86"
+
+
+@pytest.mark.parametrize(
+    ("driver", "words"),
+    [
+        (Driver(), "the driver answered cuInit with CUDA_ERROR_NO_DEVICE"),
+        (Driver(problem=RuntimeError("no libcuda.")), "there is none to ask: no libcuda.\n"),
+        (None, "the package cuda-bindings is not installed"),
+        (Driver((7, 5)), "compute capability 7.5"),
+    ],
+)
+def test_cuda_without_a_gpu(machine, driver, words):
+    machine(driver)
+    with pytest.raises(UsageError) as error:
+        parse("cuda", ())
+    assert words in str(error.value) and "cuda:sm_90" in str(error.value)
+
+
+def test_no_driver_is_asked_for_an_architecture_that_is_named(machine):
+    machine(Driver(problem=AssertionError("asked")))
+    assert parse("cuda:sm_80", ()).name == "cuda:sm_80"

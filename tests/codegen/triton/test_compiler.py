@@ -161,9 +161,9 @@ def test_no_tile_is_left(workers):
 
 
 def test_spills_are_refused(workers):
-    kernel = KernelSource("greedy", "row", GREEDY, (tile(BLOCK=32768, warps=1),), ("*fp32", "*fp32"))
+    kernel = KernelSource("greedy", "row", GREEDY, (tile(BLOCK=16384, warps=1),), ("*fp32", "*fp32"))
     message = failure(kernel, workers)
-    assert "no tile can be used on sm_80" in message and "32768: spills registers (" in message
+    assert "no tile can be used on sm_80" in message and "16384: spills registers (" in message
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ from typing import Any
 from ..runtime import sizes
 from ..runtime.sizes import Size
 
+Loops = tuple[tuple[str, Size], ...]
+"""The bound variables of a reduction and their extents, outermost first."""
+
 COMPUTE_DTYPE = {"float16": "float32", "bfloat16": "float32"}
 
 
@@ -87,7 +90,7 @@ class Reduce(Expr):
     """
 
     op: str
-    loops: tuple[tuple[str, Size], ...]
+    loops: Loops
     body: Expr
 
 
@@ -164,7 +167,7 @@ class Builder:
         self.dynamics[node.name] = node
         return node.name
 
-    def reduce(self, op: str, loops: tuple[tuple[str, Size], ...], body: Expr, dtype: str) -> Expr:
+    def reduce(self, op: str, loops: Loops, body: Expr, dtype: str) -> Expr:
         """A reduction over bound variables."""
         return self._intern(("reduce", op, loops, body, dtype), lambda: Reduce(dtype, op, loops, body))
 
@@ -235,13 +238,26 @@ class Builder:
             return names
         return (names - set(dynamic)).union(*(self.free(self.dynamics[name]) for name in dynamic))
 
-    def rewrite(self, expr: Expr, values: Mapping[str, Size], known: dict[Expr, Expr] | None = None) -> Expr:
-        """The expression with variables replaced in every index."""
+    def rewrite(
+        self,
+        expr: Expr,
+        values: Mapping[str, Size],
+        known: dict[Expr, Expr] | None = None,
+        rebound: Mapping[Loops, Loops] | None = None,
+    ) -> Expr:
+        """The expression with variables replaced in every index.
+
+        Args:
+            expr: to rewrite.
+            values: what replaces a variable, except where a reduction binds it.
+            known: what has been rewritten already.
+            rebound: loops of reductions that get other ones; in their bodies every variable is replaced.
+        """
         known = {} if known is None else known
         if expr in known:
             return known[expr]
-        again = lambda part: self.rewrite(part, values, known)  # noqa: E731
-        change = lambda size: self._rewrite_size(size, values, known)  # noqa: E731
+        again = lambda part: self.rewrite(part, values, known, rebound)  # noqa: E731
+        change = lambda size: self._rewrite_size(size, values, known, rebound)  # noqa: E731
         result: Expr
         if isinstance(expr, Index):
             result = self.index(change(expr.value))
@@ -250,10 +266,12 @@ class Builder:
             result = self.load(expr.buffer, change(expr.offset), expr.dtype, mask, expr.other)
         elif isinstance(expr, Call):
             result = self.call(expr.op, expr.dtype, *map(again, expr.args))
+        elif isinstance(expr, Reduce) and rebound and expr.loops in rebound:
+            result = self.reduce(expr.op, rebound[expr.loops], again(expr.body), expr.dtype)
         elif isinstance(expr, Reduce):
             inner = {name: value for name, value in values.items() if name not in {bound for bound, _ in expr.loops}}
             loops = tuple((name, change(extent)) for name, extent in expr.loops)
-            result = self.reduce(expr.op, loops, self.rewrite(expr.body, inner), expr.dtype)
+            result = self.reduce(expr.op, loops, self.rewrite(expr.body, inner, None, rebound), expr.dtype)
         elif isinstance(expr, Dynamic):
             name = self.dynamic(again(expr.source), change(expr.bound))
             result = self.dynamics[name] if isinstance(name, str) and name in self.dynamics else self.index(name)
@@ -262,11 +280,17 @@ class Builder:
         known[expr] = result
         return result
 
-    def _rewrite_size(self, size: Size, values: Mapping[str, Size], known: dict[Expr, Expr]) -> Size:
+    def _rewrite_size(
+        self,
+        size: Size,
+        values: Mapping[str, Size],
+        known: dict[Expr, Expr],
+        rebound: Mapping[Loops, Loops] | None,
+    ) -> Size:
         replaced = dict(values)
         for name in sizes.symbols_of(size):
             if name in self.dynamics:
-                new = self.rewrite(self.dynamics[name], values, known)
+                new = self.rewrite(self.dynamics[name], values, known, rebound)
                 replaced[name] = new.name if isinstance(new, Dynamic) else new.value  # type: ignore[attr-defined]
         return sizes.substitute(size, replaced)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..runtime import sizes
 from ..runtime.sizes import Size
-from .expr import Call, Expr, Reduce, coefficient, offsets, walk
+from .expr import Call, Expr, Loops, Reduce, coefficient, offsets, walk
 from .kernel import Parameter
 from .regions import Output
 from .values import Kernel
@@ -27,7 +27,17 @@ class Axis:
 def merge(
     kernel: Kernel, axes: list[Axis], roots: list[Expr], stores: list[Size]
 ) -> tuple[list[Axis], list[Expr], list[Size]]:
-    """Merge neighbouring axes wherever every access walks them as one."""
+    """Merge neighbouring axes wherever every access walks them as one.
+
+    Args:
+        kernel: whose variables the axes are.
+        axes: outermost first.
+        roots: expressions at the axes' variables.
+        stores: offsets that are written.
+
+    Returns:
+        The axes that are left, roots and stores in terms of them.
+    """
     builder = kernel.builder
     position = len(axes) - 2
     while position >= 0:
@@ -90,3 +100,31 @@ def _over_rows(kernel: Kernel, node: Reduce, times: Size, result: Parameter) -> 
     ):
         return sizes.product(result.shape[:-1])
     return times
+
+
+def merge_loops(
+    kernel: Kernel, loops: Loops, roots: list[Expr], stores: list[Size]
+) -> tuple[Loops, list[Expr], list[Size]]:
+    """Merge neighbouring loops of the reductions over ``loops`` wherever every access walks them as one.
+
+    The results may range over the loops' variables, too; then it must be all of them or none.
+    """
+    builder = kernel.builder
+    others = [node for node in walk(builder, roots) if isinstance(node, Reduce) and node.loops != loops]
+    names = {name for name, _ in loops}
+    if any(names & {name for name, _ in node.loops} for node in others):
+        return loops, roots, stores
+    position = len(loops) - 2
+    while position >= 0:
+        outer, inner = Axis(*loops[position]), Axis(*loops[position + 1])
+        accesses = [offset for node in walk(builder, roots) for offset in offsets(node)] + list(stores)
+        if outer.extent == 1 or all(walks_as_one(builder.free_size, access, outer, inner) for access in accesses):
+            extent = sizes.mul(outer.extent, inner.extent)
+            merged = (*loops[:position], (inner.variable, extent), *loops[position + 2 :])
+            known: dict[Expr, Expr] = {}
+            roots = [builder.rewrite(root, {outer.variable: 0}, known, {loops: merged}) for root in roots]
+            stores = [sizes.substitute(store, {outer.variable: 0}) for store in stores]
+            kernel.variable(inner.variable, extent)
+            loops = merged
+        position -= 1
+    return loops, roots, stores

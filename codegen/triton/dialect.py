@@ -6,6 +6,7 @@ Functions ``tw.*`` live in ``templates/triton/tw_math.py``. Values are blocks or
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,21 @@ def literal(value: Any, dtype: str) -> str:
     return str(int(value))
 
 
+def typed(value: Any, dtype: str) -> str:
+    """A constant as a scalar of its dtype."""
+    return f"tl.full((), {literal(value, dtype)}, {TYPES[dtype]})"
+
+
+def constant(value: Any, dtype: str) -> str:
+    """A constant as an operand: a literal where the operation then takes it exactly."""
+    if dtype == "float64" and math.isfinite(value):
+        exact = value == 0 or (
+            2.0**-126 <= abs(value) < 2.0**128 and struct.unpack("f", struct.pack("f", value))[0] == value
+        )
+        return literal(value, dtype) if exact else typed(value, dtype)
+    return literal(value, dtype)
+
+
 def cast(text: str, dtype: str) -> str:
     """A value or a literal as another dtype, as ``Tensor.to`` converts."""
     return f"({text} != 0)" if dtype == "bool" else f"tl.cast({text}, {TYPES[dtype]})"
@@ -116,7 +132,8 @@ def cast(text: str, dtype: str) -> str:
 def call(op: str, dtype: str, arg_dtypes: list[str], args: list[str]) -> str:
     """One operation on rendered operands."""
     if op == "cast":
-        return cast(args[0], dtype)
+        towards_zero = arg_dtypes[0].startswith("float") and not dtype.startswith("float") and dtype != "bool"
+        return f"tw.to_int({args[0]}, {TYPES[dtype]})" if towards_zero else cast(args[0], dtype)
     if op == "where":
         return f"tl.where({', '.join(args)})"
     if op in _INFIX:

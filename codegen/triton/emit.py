@@ -76,6 +76,8 @@ class _Shared:
     scalars: Mapping[str, tuple[str, tuple[str, ...]]]
     row: Row | None
     prefix: str
+    wide: bool
+    aliases: Mapping[Size, str]
     count: int = 0
     uses_fault: bool = False
 
@@ -92,6 +94,8 @@ class Scope:
         scalars: Mapping[str, tuple[str, tuple[str, ...]]] | None = None,
         row: Row | None = None,
         prefix: str = "t",
+        wide: bool = False,
+        aliases: Mapping[Size, str] | None = None,
     ) -> None:
         """The outermost scope of a hole.
 
@@ -102,12 +106,16 @@ class Scope:
             scalars: text and shape of the values that the template provides (``expr.Scalar``).
             row: how reductions along a row are done; without, all reductions are loops.
             prefix: of the names that are made; different holes of one kernel take different ones.
+            wide: whether indices take 64 bits: the variables of loops then do.
+            aliases: names of whole index expressions.
         """
-        self._shared = _Shared(kernel, dtypes, scalars or {}, row, prefix)
+        self._shared = _Shared(kernel, dtypes, scalars or {}, row, prefix, wide, aliases or {})
         self._parent: Scope | None = None
         self.variables = dict(variables)
         self.lines: list[str] = []
         self._names: dict[object, str] = {}
+
+    passed: tuple[Row, str, str, str]  # of a pass over a row: the row, and the names of start, positions and guard
 
     def _child(self, variables: Mapping[str, Var]) -> Scope:
         child = Scope.__new__(Scope)
@@ -128,7 +136,7 @@ class Scope:
     def value(self, expr: Expr) -> str:
         """A name (or literal) of the expression's value in its computation dtype."""
         if isinstance(expr, Const):
-            return dialect.literal(expr.value, expr.dtype)
+            return dialect.constant(expr.value, expr.dtype)
         if isinstance(expr, Scalar):
             return self._shared.scalars[expr.name][0] if expr.name in self._shared.scalars else expr.name
         if isinstance(expr, Index):
@@ -150,6 +158,8 @@ class Scope:
 
     def size(self, size: Size) -> str:
         """Text of an index expression."""
+        if size in self._shared.aliases:
+            return self._shared.aliases[size]
         return dialect.size(size, self._name_text)
 
     def store(
@@ -277,6 +287,8 @@ class Scope:
 
     def _argument(self, expr: Call, arg: Expr) -> str:
         """An operand. Indices may be 32 bits wide: arithmetic on them as values is done in 64."""
+        if isinstance(arg, Const) and _is_typed(expr):
+            return dialect.typed(arg.value, arg.dtype)
         text = self.value(arg)
         exact = isinstance(arg, Index) and expr.op not in dialect.COMPARISONS and expr.op != "cast"
         return f"tl.cast({text}, tl.int64)" if exact else text
@@ -358,13 +370,31 @@ class Scope:
         self.lines.append(f"{total} = tl.full({shape}, {neutral}, {kind})")
         if expr.op.startswith("arg"):
             self.lines.append(f"{total}_at = tl.full({shape}, {2**62}, tl.int64)")
-        self.lines.append(f"for {start} in range(0, {row.length}, {row.shape[1]}):")
-        self.lines.append(f"    {position} = {start} + tl.arange(0, {row.shape[1]})[None, :]")
-        self.lines.append(f"    {guard} = {position} < {row.length}")
-        self.lines += [f"    {line}" for line in (*chunk.lines, *update)]
+        chunk.lines += update
+        self._chunk_loop(row, chunk, start, position, guard)
         name = self._fresh("r")
         self.lines.append(f"{name} = {self._along(expr, total, f'{total}_at')}")
         return name
+
+    def _chunk_loop(self, row: Row, chunk: Scope, start: str, position: str, guard: str) -> None:
+        """Append a finished chunk in the loop over the row."""
+        columns = f"{start} + tl.arange(0, {row.shape[1]})[None, :]"
+        self.lines.append(f"for {start} in range(0, {row.length}, {row.shape[1]}):")
+        self.lines.append(f"    {position} = {f'({columns}).to(tl.int64)' if self._shared.wide else columns}")
+        self.lines.append(f"    {guard} = {position} < {row.length}")
+        self.lines += [f"    {line}" for line in chunk.lines]
+
+    def open_pass(self, row: Row) -> Scope:
+        """A scope for one chunk of a row; what does not vary along the row goes to this one. See :meth:`close_pass`."""
+        chunk = self._child({})
+        chunk.passed = (row, self._fresh("start"), self._fresh("p"), self._fresh("in"))
+        chunk.variables = row.bind(chunk.passed[2], chunk.passed[3])
+        return chunk
+
+    def close_pass(self, chunk: Scope) -> None:
+        """Append a pass over the row."""
+        row, start, position, guard = chunk.passed
+        self._chunk_loop(row, chunk, start, position, guard)
 
     def _reduce_loop(self, expr: Reduce) -> str:
         """Loops over scalars; an extent that varies by element runs to the largest and masks the rest."""
@@ -415,6 +445,14 @@ class Scope:
             f"{total}_at = tl.where({wins}, tl.cast({scope._position(expr)}, tl.int64), {total}_at)",
             f"{total} = tl.where({wins}, {now}, {total})",
         ]
+
+
+def _is_typed(expr: Call) -> bool:
+    """Whether literals among the operands must say what they are: functions look at the dtypes of theirs."""
+    if expr.op == "where":
+        return all(isinstance(arg, Const) for arg in expr.args[1:])
+    is_function = expr.op in dialect.FUNCTIONS or (expr.op == "div" and not expr.dtype.startswith("float"))
+    return is_function or all(isinstance(arg, Const) for arg in expr.args)
 
 
 def merge_shapes(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:

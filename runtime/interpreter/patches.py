@@ -64,6 +64,7 @@ def apply() -> Bounds:
     _keep_types()
     _check_accesses(bounds)
     _compute_bfloat16()
+    _compare_to_bool()
     ReduceOps.generic_reduce = _reduce_slices
     ScanOps.generic_scan = _scan_slices
     if not hasattr(interpreter._interpreter, "fma_fp64"):
@@ -175,6 +176,18 @@ def _compute_bfloat16() -> None:
     InterpreterBuilder.create_fp_to_fp = cast_float
     InterpreterBuilder.get_bf16 = lambda self, value: TensorHandle(np.array([value], BFLOAT16), tl.bfloat16)
     InterpreterBuilder.create_dot = dot
+
+
+def _compare_to_bool() -> None:
+    def boolean(compare: Any) -> Any:
+        def run(self: InterpreterBuilder, left: TensorHandle, right: TensorHandle) -> TensorHandle:
+            return TensorHandle(compare(self, left, right).data.astype(np.bool_), tl.int1)
+
+        return run
+
+    for name, function in list(vars(InterpreterBuilder).items()):
+        if name.startswith(("create_icmp", "create_fcmp")):
+            setattr(InterpreterBuilder, name, boolean(function))
 
 
 def _reduce_slices(self: ReduceOps, values: tuple[tl.tensor, ...]) -> list[tl.tensor]:

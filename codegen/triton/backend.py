@@ -51,7 +51,7 @@ def build(
     architectures = [target.architecture for target in targets]
     built = compile_for(kernels, architectures, cache=cache, progress=progress, pool=pool)
     return [
-        TargetBinaries(target.name, (), _files(kernels, of_target, target == carrier))
+        TargetBinaries(target.name, (), _files(kernels, of_target, target == carrier), tables.FILE_NAME)
         for target, of_target in zip(targets, built, strict=True)
     ]
 

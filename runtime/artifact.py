@@ -53,8 +53,27 @@ class Artifact:
         Raises:
             ArtifactError: its content is not what was written.
         """
-        _check_digest(self.path, self.manifest, target.library)
+        self.check_digest(target.library)
         return self.path / target.library
+
+    def check_digest(self, path: str) -> None:
+        """Check a file that the manifest lists.
+
+        Raises:
+            ArtifactError: it is not listed, or its content is not what was written.
+        """
+        _check_digest(self.path, self.manifest, path)
+
+    def content(self, path: str) -> bytes:
+        """The content of a file that the manifest lists, checked.
+
+        Raises:
+            ArtifactError: it is not listed, or its content is not what was written.
+        """
+        content = _read(self.path / path)
+        if hashlib.sha256(content).hexdigest() != _record(self.manifest, path).sha256:
+            raise _damaged(self.path / path)
+        return content
 
 
 def read_artifact(path: str | os.PathLike[str]) -> Artifact:
@@ -149,7 +168,17 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _record(manifest: Manifest, path: str) -> FileRecord:
-    return next(record for record in manifest.files if record.path == path)
+    for record in manifest.files:
+        if record.path == path:
+            return record
+    raise ArtifactError(f"{path}: is not among the files that the manifest lists; compile the model again")
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{file}: {error.strerror}") from None
 
 
 def _check_digest(folder: Path, manifest: Manifest, path: str) -> None:
@@ -176,10 +205,7 @@ def _digest(file: Path) -> str:
 
 def _read_plan(folder: Path, manifest: Manifest, path: str) -> Plan:
     file = folder / path
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"{file}: {error.strerror}") from None
+    content = _read(file)
     if hashlib.sha256(content).hexdigest() != _record(manifest, path).sha256:
         raise _damaged(file)
     try:

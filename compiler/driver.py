@@ -272,7 +272,7 @@ class Compilation:
         return {
             "source": _source_name(source),
             "torch": torch.__version__.split("+")[0],
-            "precision": {"requested": self.options.precision, "applied": "fp32"},
+            "precision": {"requested": self.options.precision, "applied": _applied(programs, self.options.precision)},
             "disabled_passes": sorted(self.options.disable_passes),
             "passes": {
                 name: [
@@ -299,6 +299,22 @@ class Compilation:
         finally:
             inside = sum(self.seconds.values()) - before
             self.seconds[name] += time.perf_counter() - start - inside
+
+
+_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def _applied(programs: Rewritten, precision: str) -> str:
+    """What the artifact computes in, in the words of ``--precision``; by kind of device where they differ."""
+    found = {"cpu": "fp32"} if "cpu" in programs else {}
+    if "cuda" in programs:
+        values = [node.meta.get("val") for program in programs["cuda"] for node in program.graph.nodes]
+        parts = [part for value in values for part in (value if isinstance(value, tuple | list) else (value,))]
+        types = {part.dtype for part in parts if isinstance(part, torch.Tensor)}
+        own = " and ".join(name for dtype, name in _NAMES.items() if dtype in types) or "integers"
+        found["cuda"] = precision if precision != "auto" else own
+    names = set(found.values())
+    return names.pop() if len(names) == 1 else ", ".join(f"{name} on {device}" for device, name in found.items())
 
 
 def _source_name(source: Any) -> str:

@@ -163,12 +163,20 @@ def _report_passes(
 
 def _report(done: Artifact, chosen: Any, as_json: bool) -> None:
     from ...runtime.artifact import read_artifact
-    from .facts import artifact_bytes, memory_of
+    from .facts import artifact_bytes, memory_of, plans_of
 
     opened = read_artifact(done.path)
-    plans = opened.plans
+    plans = plans_of(opened)
     info = opened.manifest.info
-    kernels = len({variant.kernel for plan in plans.values() for step in plan.steps for variant in step.variants})
+    kernels = len(
+        {
+            (device, variant.kernel)
+            for device, each in opened.devices.items()
+            for plan in each.values()
+            for step in plan.steps
+            for variant in step.variants
+        }
+    )
     size, weights = artifact_bytes(opened), opened.manifest.weights.size
     memory = {name: memory_of(plan) for name, plan in plans.items()}
     differs = _not_applied(info, chosen)
@@ -177,7 +185,8 @@ def _report(done: Artifact, chosen: Any, as_json: bool) -> None:
             "path": str(done.path), "seconds": done.seconds, "bytes": size, "weights_bytes": weights,
             "targets": [target.name for target in opened.manifest.targets], "kernels": kernels,
             "steps": {name: len(plan.steps) for name, plan in plans.items()}, "memory": memory,
-            "precision": info.get("precision"), "errors": [{**vars(item), "ok": item.ok} for item in done.errors],
+            "precision": info.get("precision"), "verification": info.get("verification", {}),
+            "errors": [{**vars(item), "ok": item.ok} for item in done.errors],
             "passes": _passes(done.passes), "not_applied": differs,
         }  # fmt: skip
         emit_json(found)
@@ -191,27 +200,32 @@ def _report(done: Artifact, chosen: Any, as_json: bool) -> None:
             at = f"{case['at']} ({show_sizes(case['sizes'])})" if case["sizes"] else "every call"
             amounts = f"{show_bytes(case['peak'])} (all buffers {show_bytes(case['total'])}"
             click.echo(f"scratch of {name}, {at}: {amounts}, lower bound {show_bytes(case['bound'])})")
-    _show_errors(done, chosen)
+    _show_errors(done, chosen, info)
     for line in differs:
         click.echo(f"not as asked: {line}")
 
 
-def _show_errors(done: Artifact, chosen: Any) -> None:
+def _show_errors(done: Artifact, chosen: Any, info: dict[str, Any]) -> None:
     if chosen.verify == "off":
         click.echo("outputs were not compared with PyTorch (--verify off)")
     elif not done.errors:
         click.echo("the model returns no tensor, so there was nothing to compare with PyTorch")
-    worst: dict[tuple[str, str], Any] = {}
+    worst: dict[tuple[str, str, str], Any] = {}
     for item in done.errors:
-        key = (item.entry, item.output)
+        key = (item.device, item.entry, item.output)
         if key not in worst or item.error > worst[key].error:
             worst[key] = item
-    for (entry, output), item in worst.items():
-        count = sum((other.entry, other.output) == (entry, output) for other in done.errors)
+    for key, item in worst.items():
+        count = sum((other.device, other.entry, other.output) == key for other in done.errors)
         sizes = f" over {count} assignments of sizes" if count > 1 else ""
+        where = "" if item.device == "cpu" else f" ({item.device})"
         click.echo(
-            f"{entry}: {output} differs from PyTorch by {item.error:.1e} of its largest value{sizes} "
+            f"{item.entry}{where}: {item.output} differs from PyTorch by {item.error:.1e} of its largest value{sizes} "
             f"(allowed {item.tolerance:.0e})"
+        )
+    if not info.get("verification", {}).get("cuda", {}).get("device_run", True):
+        click.echo(
+            "GPU kernels were not run, as no GPU for them is here: what was compared is the program after the passes"
         )
 
 

@@ -125,7 +125,12 @@ def _show_overview(artifact: Artifact, values: Values, asked: Values | None) -> 
     found = _overview(artifact)
     click.echo(f"{found['path']}: made by {found['producer']} (format {found['format']})")
     for key, value in found["info"].items():
-        if isinstance(value, Mapping):
+        if key == "verification":
+            value = ", ".join(
+                f"{name} {'on the device' if how.get('device_run') else 'of the passes alone (the device was not run)'}"
+                for name, how in value.items()
+            )
+        elif isinstance(value, Mapping):
             value = ", ".join(f"{name} {setting}" for name, setting in value.items())
         elif isinstance(value, list):
             value = ", ".join(map(str, value)) or "none"

@@ -21,7 +21,7 @@ from .plan import Tile, Variant
 from .sizes import Size
 
 START = 1.5e-6
-"""Seconds until a wave's programs work at full rate: launch, first loads, last stores."""
+"""Seconds until programs work at full rate, and from their last work to the next kernel."""
 LATENCY = 0.8e-6
 """Seconds that a load from memory takes."""
 BYTES_PER_THREAD = 64
@@ -102,11 +102,12 @@ class CostModel:
         self.traits = traits
         self.flops = max(sizes.evaluate(variant.flops, values), 0)
         self.bytes = max(sizes.evaluate(variant.bytes, values), 0)
-        self._divisors = divisors(variant.units)
+        self._blocks = _unbounded(variant.units)
+        self._divisors = divisors(self._blocks)
 
-    def grid(self, tile: Tile) -> int:
-        """Programs."""
-        return max(sizes.evaluate(self.variant.units, {**self.values, **tile.values()}), 1)
+    def count(self, tile: Tile) -> int:
+        """Blocks of the result, one per program where the number of programs has no bound."""
+        return max(sizes.evaluate(self._blocks, {**self.values, **tile.values()}), 1)
 
     def blocks(self, tile: Tile) -> list[int]:
         """How much of each axis of the result one program does."""
@@ -114,11 +115,13 @@ class CostModel:
         return [constants[name] for name in self._divisors if name in constants]
 
     def capacity(self, tile: Tile) -> float:
-        """What the grid covers, in elements of the result: the same for all tiles but for what lies past its edges."""
+        """What the programs cover, in elements of the result: the same for all tiles but for what lies past its edges.
+
+        A constant that multiplies the number of programs divides their work (a sum that is split).
+        """
         constants = tile.values()
-        used = sizes.symbols_of(self.variant.units) & constants.keys()
-        repeated = math.prod(constants[name] for name in used if name not in self._divisors)
-        return self.grid(tile) * math.prod(self.blocks(tile)) / max(repeated, 1)
+        parts = sizes.symbols_of(self._blocks) & constants.keys() - set(self._divisors)
+        return self.count(tile) * math.prod(self.blocks(tile)) / math.prod(max(constants[name], 1) for name in parts)
 
     def resident(self, tile: Tile, binary: Binary) -> int:
         """Programs that one multiprocessor holds at a time."""
@@ -136,20 +139,25 @@ class CostModel:
             fewest: the smallest :meth:`capacity` of the tiles to compare; what a tile covers beyond it is wasted.
         """
         gpu, one, traits = self.gpu, self.architecture, self.traits
-        grid, resident = self.grid(tile), self.resident(tile, binary)
-        waves = math.ceil(grid / (resident * gpu.multiprocessors))
-        busy = min(grid / waves, resident * gpu.multiprocessors) / resident  # multiprocessors' worth of programs
-        busy = max(busy, min(grid, gpu.multiprocessors) / min(resident, math.ceil(grid / gpu.multiprocessors)))
-        busy = min(busy, gpu.multiprocessors)
+        count, resident = self.count(tile), self.resident(tile, binary)
+        each = math.ceil(count / gpu.multiprocessors)  # programs that the busiest multiprocessor runs
+        busy = count / each  # multiprocessors' worth
+        waves = 1 if self._blocks != self.variant.units else math.ceil(each / resident)
         flops = self.flops * self.capacity(tile) / fewest
         rate = one.scalar if not traits.tensor else one.tensor // 2 if traits.tf32 else one.tensor
         arithmetic = flops / (busy * gpu.clock * rate)
         cached = max(self.bytes, flops / 2 * traits.item * sum(1 / block for block in self.blocks(tile)))
         copying = cached / (busy * gpu.clock * one.copies)
-        at_once = min(resident, math.ceil(grid / gpu.multiprocessors))
-        flight = at_once * max(binary.shared, 32 * binary.warps * BYTES_PER_THREAD)
+        flight = min(resident, each) * max(binary.shared, 32 * binary.warps * BYTES_PER_THREAD)
         memory = self.bytes / min(gpu.bandwidth, busy * flight / LATENCY)
-        return START * waves + max(arithmetic, copying, memory)
+        return START + LATENCY * (waves - 1) / resident + max(arithmetic, copying, memory)
+
+
+def _unbounded(units: Size) -> Size:
+    """Units without the bound on the number of programs that a persistent kernel has."""
+    if isinstance(units, sizes.Op) and units.op == "min":
+        return next((part for part in units.args if divisors(part)), units)
+    return units
 
 
 def divisors(units: Size) -> list[str]:

@@ -63,7 +63,7 @@ class KernelCode:
 
 
 def elements(shape: Sequence[Size], layout: str) -> Size:
-    """Stored elements of a buffer."""
+    """Stored elements of a buffer; ``rows`` and ``channels_last`` have no padding."""
     if layout == "channels16":
         return sizes.mul(shape[0], sizes.align(shape[1], LANES), *shape[2:])
     return sizes.product(shape)

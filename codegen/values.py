@@ -97,6 +97,8 @@ class Kernel:
 
     def offset(self, shape: Sequence[Size], layout: str, index: Sequence[Size]) -> Size:
         """Element offset of a logical index in a buffer of this shape and layout."""
+        if layout == "channels_last":
+            shape, index = channels_last(shape), channels_last(index)
         if layout == "channels16":
             n, c, *space = index
             block, lane = self.split(c, LANES)
@@ -187,6 +189,12 @@ class Kernel:
                             rest = [arg for arg in offset.args if arg not in (term, partner)]
                             return self._rejoin(sizes.add(sizes.mul(value, *others), *rest))
         return offset
+
+
+def channels_last(axes: Sequence[Size]) -> tuple[Size, ...]:
+    """A shape or an index in the order of the layout ``channels_last``: [N][H][W][C]."""
+    n, c, *space = axes
+    return (n, *space, c)
 
 
 def expand(size: Size) -> Size:

@@ -87,10 +87,10 @@ class StateBuffer:
 class Buffer:
     """Scratch memory in the arena: ``bytes`` may vary by call.
 
-    ``layout`` is ``"rows"`` (C-contiguous) or ``"channels16"`` ([N, ceil(C/16), H, W, 16]). The buffer is live from
-    step ``first`` to step ``last`` inclusive. Its offset is the maximum over ``below`` of their end, rounded up to 64
-    bytes: any two buffers whose lives overlap are ordered by ``below``, directly or through others, so that no sizes
-    can make them overlap.
+    ``layout`` is ``"rows"`` (C-contiguous), ``"channels16"`` ([N, ceil(C/16), H, W, 16]) or ``"channels_last"``
+    ([N, H, W, C]); ``shape`` is [N, C, H, W] in all of them. The buffer is live from step ``first`` to step ``last``
+    inclusive. Its offset is the maximum over ``below`` of their end, rounded up to 64 bytes: any two buffers whose
+    lives overlap are ordered by ``below``, directly or through others, so that no sizes can make them overlap.
     """
 
     name: str

@@ -13,7 +13,7 @@ from math import inf
 from torch import fx
 
 from ..graph.edit import same_shape, tensor_shape
-from ..graph.layouts import reads_blocks
+from ..graph.layouts import reads_image
 from ..graph.query import arguments
 from ..graph.roles import Roles
 from .grouping import Vertex
@@ -67,8 +67,8 @@ def takes_view(vertex: Vertex, node: fx.Node, constant: bool, roles: Roles) -> s
             return f"{use.user} reads it as it lies in memory"
         if constant and anchor.family != "attention":
             return f"{use.user} packs the constant when the artifact is written"
-        if anchor.family == "convolution" and reads_blocks(use.user, roles.lanes):
-            return f"{use.user} reads blocks of channels"
+        if anchor.family == "convolution" and reads_image(use.user, roles):
+            return f"{use.user} reads {roles.image_layout}"
     return None
 
 

@@ -26,7 +26,14 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Roles:
-    """The operators that kernels can be made of, by role (``codegen/registry.py`` says what each role means)."""
+    """What kernels can be made of.
+
+    Attributes:
+        pointwise, view, gather, reduction, window: operators by role (``codegen/registry.py`` says what each means).
+        anchors: operators with a kernel family of their own.
+        image_layout: how convolutions want their images (``passes/graph/layouts.py``).
+        lanes: channels of a block; a convolution of fewer reads its image however it lies.
+    """
 
     pointwise: frozenset[Any] = frozenset()
     view: frozenset[Any] = frozenset()
@@ -34,6 +41,7 @@ class Roles:
     reduction: frozenset[Any] = frozenset()
     window: frozenset[Any] = frozenset()
     anchors: dict[Any, Anchor] = field(default_factory=dict)
+    image_layout: str = "channels16"
     lanes: int = 16
 
     def known(self, target: Any) -> bool:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,19 +16,20 @@ from tilewright.passes.graph.layouts import layout_of
 from tilewright.passes.graph.regions import body, is_region
 
 ROLES = fusion_roles()
+GPU = replace(ROLES, image_layout="channels_last")
 
 
 @pytest.fixture
 def aligned(exported, run_pass):
     """``aligned(module, *inputs) -> (program, report)`` after fusion, with the numbers and a second run checked."""
 
-    def run(module, *inputs, dynamic_shapes=None):
+    def run(module, *inputs, dynamic_shapes=None, roles=ROLES):
         torch.manual_seed(0)
         program = exported(module, *inputs, dynamic_shapes=dynamic_shapes)
-        for prepare in (Canonicalize(), FoldBatchNorm(), FoldConstants(), FuseOperators(ROLES)):
+        for prepare in (Canonicalize(), FoldBatchNorm(), FoldConstants(), FuseOperators(roles)):
             prepare.run(program, Report())
-        report = run_pass(AlignLayouts(ROLES), program)
-        check_convolutions(program)
+        report = run_pass(AlignLayouts(roles), program)
+        check_convolutions(program, roles)
         return program, report
 
     return run
@@ -49,14 +52,17 @@ def copies(program):
     return [name for name, nodes in inner.items() if [one.target for one in nodes] == [torch.ops.aten.clone.default]]
 
 
-def check_convolutions(program):
-    """A convolution of at least a block of float32 channels never reads rows."""
+def check_convolutions(program, roles):
+    """A convolution of at least a block of channels (of float32 on a CPU) never reads rows."""
+    gpu = roles is GPU
     for node in regions(program).values():
         if node.meta["region"].family == "convolution":
             image = node.args[0]
             value = image.meta["val"]
-            if value.dim() == 4 and value.shape[1] >= ROLES.lanes and value.dtype == torch.float32:
-                assert layout_of(image) == "channels16", f"{node} reads {image} in rows"
+            transposed, _, groups = next(one for one in body(node).graph.nodes if one.target in roles.anchors).args[-3:]
+            few = value.dim() != 4 or value.shape[1] < roles.lanes or (gpu and value.shape[1] // groups < roles.lanes)
+            if not few and not transposed and (gpu or value.dtype == torch.float32):
+                assert layout_of(image) == roles.image_layout, f"{node} reads {image} in rows"
 
 
 class Residual(nn.Module):
@@ -129,7 +135,7 @@ def test_input_with_channels_is_copied_once(aligned, show, golden):
             return self.a(x) * self.b(x)
 
     program, report = aligned(Shared(), torch.randn(1, 16, 5, 5))
-    assert copies(program) == ["blocks_of_x"]
+    assert copies(program) == ["image_of_x"]
     assert report.changes[-1].text == "1 conversions: 1 of operands, 0 of outputs"
     golden(show(program))
 
@@ -210,3 +216,45 @@ def test_other_layouts_do_not_spread(aligned):
     assert found.pop("convolution") == "channels16"
     assert found.pop("amax") == "channels16"  # reads blocks only
     assert set(found.values()) == {"rows"}
+
+
+# -- channels_last, for GPUs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_residual_network_with_channels_last(aligned, dtype):
+    """The network's input stays as it is; everything up to the head is channels_last, whatever its dtype."""
+    batch = torch.export.Dim("batch", min=1, max=8)
+    module, image = Residual().eval().to(dtype), torch.randn(2, 3, 16, 16, dtype=dtype)
+    program, report = aligned(module, image, dynamic_shapes=({0: batch},), roles=GPU)
+    assert copies(program) == []
+    found = layouts(program)
+    assert found.pop("linear") == "rows"
+    assert set(found.values()) == {"channels_last"}
+    assert report.changes[-1].text == "0 conversions: 0 of operands, 0 of outputs"
+
+
+def test_few_channels_are_channels_last_too(aligned, show, golden):
+    program, _ = aligned(
+        Sequence(nn.Conv2d(3, 5, 3), torch.relu, nn.Conv2d(5, 6, 3), nn.ConvTranspose2d(6, 7, 2, 2)),
+        torch.randn(1, 3, 8, 8),
+        roles=GPU,
+    )
+    assert list(layouts(program).values()) == ["channels_last", "channels_last", "rows"]
+    golden(show(program))
+
+
+@pytest.mark.parametrize(
+    ("layer", "channels", "copied"),
+    [
+        (nn.Conv2d(3, 8, 3), 3, False),
+        (nn.Conv2d(16, 8, 3), 16, True),
+        (nn.Conv2d(16, 16, 3, groups=16), 16, True),
+        (nn.Conv2d(32, 8, 3, groups=2), 32, True),
+        (nn.Conv2d(32, 8, 3, groups=4), 32, False),
+        (nn.ConvTranspose2d(16, 8, 2, 2), 16, False),
+    ],
+)
+def test_inputs_are_copied_where_that_pays(aligned, layer, channels, copied):
+    program, _ = aligned(Sequence(layer, torch.relu), torch.randn(1, channels, 5, 5), roles=GPU)
+    assert copies(program) == (["image_of_x"] if copied else [])

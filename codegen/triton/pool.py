@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import CompileError
+from ...runtime.threads import default_threads
 
 SCRIPT = Path(__file__).with_name("worker.py")
 OLDEST = (3, 6)
@@ -59,7 +60,7 @@ class Pool:
 
     def __init__(self, headers: Mapping[str, str], workers: int | None = None):
         self.headers = dict(headers)
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or default_threads()
         self.started = 0
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._all: list[_Worker] = []
@@ -166,7 +167,7 @@ class _Worker:
                 cwd=self.folder.name,
                 text=True,
             )
-        answer = self._ask({"path": str(path), "headers": dict(headers)})
+        answer = self._ask({"path": str(path), "headers": dict(headers), "folder": self.folder.name})
         if answer is None:
             problem = f"the process that compiles with Triton {self._end()}\n{self._said()}".rstrip()
         elif answer["triton"] != version:

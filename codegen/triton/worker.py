@@ -3,10 +3,11 @@
 The script runs by path, on its own: it imports Triton and nothing of ours, above all no torch. Sources get fixed names
 in place of files, so that nothing of what is compiled depends on where or when. No GPU driver is asked.
 
-The first line in is ``{"path": folder of Triton, "headers": {module: text}}``, answered by ``{"triton": version}``. A
-request has ``name``, ``text``, ``signature`` (types of the leading arguments), ``constants`` (names and values of the
-others), ``warps``, ``stages`` and ``capability``. Its answer holds ``cubin`` (base64), ``ptx``, ``log`` (of ptxas) and
-``metadata``, or ``error`` and ``stage`` (``"source"``, ``"triton"`` or ``"ptxas"``).
+The first line in is ``{"path": folder of Triton, "headers": {module: text}, "folder": what to remove in the end}``,
+answered by ``{"triton": version}``. A request has ``name``, ``text``, ``signature`` (types of the leading arguments),
+``constants`` (names and values of the others), ``warps``, ``stages`` and ``capability``. Its answer holds ``cubin``
+(base64), ``ptx``, ``log`` (of ptxas) and ``metadata``, or ``error`` and ``stage`` (``"source"``, ``"triton"`` or
+``"ptxas"``).
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ def main() -> None:
         answer(compile_kernel(json.loads(line)))
         # Triton keeps every stage of every kernel; our own cache keeps the results.
         shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
+    shutil.rmtree(start["folder"], ignore_errors=True)  # who started this process is gone
 
 
 if __name__ == "__main__":

@@ -288,6 +288,15 @@ def test_stopping_ends_the_processes():
     assert not any(folder.exists() for folder in folders)
 
 
+def test_workers_end_and_clean_up_without_their_parent():
+    one = Pool({}, workers=1)
+    compile_for([pointwise()], [SM80], pool=one)
+    [worker] = one._all
+    worker.process.stdin.close()
+    assert worker.process.wait(timeout=60) == 0 and not Path(worker.folder.name).exists()
+    one.close()
+
+
 def test_no_driver_and_no_torch(tmp_path):
     """The worker's own code, in a process where making a GPU driver raises."""
     script = tmp_path / "script.py"

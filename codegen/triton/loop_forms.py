@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from .emit import Row, Scope, Var
 
 WHOLE_ROW = 8192  # longest row that is one block
 NARROW_ROW = 64  # longest row that is one block where neighbours in memory are neighbouring rows
+LEAST_ROW = 16  # fewest columns of a block that holds a row
 SMALL = 1 << 18  # elements up to which smaller blocks keep more of a GPU busy
 
 
@@ -84,19 +86,17 @@ def _text(lines: Sequence[str]) -> str:
     return "\n".join(f"    {line}" for line in lines)
 
 
-def _take_apart(flat: str, axes: Sequence[Axis]) -> list[str]:
-    """Statements that make the axes' variables of a flat index."""
+def _take_apart(flat: str, axes: Sequence[Axis], used: Sequence[str]) -> list[str]:
+    """Statements that make those variables of the axes that lines use of a flat index."""
     lines = []
     rest = flat
-    for position in range(len(axes) - 1, 0, -1):
+    for position in range(len(axes) - 1, -1, -1):
         axis = axes[position]
         extent = dialect.size(axis.extent)
         extent = f"({extent})" if isinstance(axis.extent, sizes.Op) else extent
-        lines.append(f"{axis.variable} = {rest} % {extent}")
-        lines.append(f"{axis.variable}_rest = {rest} // {extent}")
-        rest = f"{axis.variable}_rest"
-    if axes:
-        lines.append(f"{axes[0].variable} = {rest}")
+        if any(re.search(rf"\b{axis.variable}\b", line) for line in used):
+            lines.append(f"{axis.variable} = {rest} % {extent}" if position else f"{axis.variable} = {rest}")
+        rest += f" // {extent}"
     return lines
 
 
@@ -131,7 +131,7 @@ def pointwise(space: Space, wide: bool) -> Body:
     lines = [
         f"x = {_program(wide)} * BLOCK + tl.arange(0, BLOCK)",
         f"inside = x < {dialect.size(total)}",
-        *(_take_apart("x", axes) if len(axes) > 1 else []),
+        *(_take_apart("x", axes, scope.lines) if len(axes) > 1 else []),
         *scope.lines,
     ]
     tiles = _pointwise_tiles(space.most(total), any(isinstance(n, Reduce) for n in walk(space.kernel.builder, roots)))
@@ -181,7 +181,8 @@ def rows(space: Space, loops: Loops, wide: bool) -> Body:
         variables |= {axis.variable: Var(axis.variable, ("XBLOCK", "1"), "in_x") for axis in cut.across}
     over = list(variables)
     if whole:
-        variables |= row.bind("r", "in_r")
+        full = length == max(_power(space.most(length)), LEAST_ROW)
+        variables |= row.bind("r", "" if full else "in_r")
     scope = Scope(space.kernel, variables, space.dtypes(), row=row, wide=wide)
     stored = [
         (output.parameter.name, store, root)
@@ -199,11 +200,12 @@ def rows(space: Space, loops: Loops, wide: bool) -> Body:
     head = [
         f"x = {_program(wide)} * XBLOCK + tl.arange(0, XBLOCK)[:, None]",
         f"in_x = x < {dialect.size(count)}",
-        *(_take_apart("x", cut.across) if len(cut.across) > 1 else []),
+        *(_take_apart("x", cut.across, scope.lines) if len(cut.across) > 1 else []),
     ]
     if whole:
         columns = "tl.arange(0, RBLOCK)[None, :]"
-        head += [f"r = {columns}.to(tl.int64)" if wide else f"r = {columns}", f"in_r = r < {row.length}"]
+        head.append(f"r = {columns}.to(tl.int64)" if wide else f"r = {columns}")
+        head += [] if full else [f"in_r = r < {row.length}"]
     most = max(space.most(length), 1)
     tiles = _row_tiles(space, length, most, max(space.most(count), 1), whole, strided and not contiguous)
     spans = [length, count, *(axis.extent for axis in along)]
@@ -235,24 +237,29 @@ def _cut(space: Space, loops: Loops) -> _Rows:
     needs = frozenset().union(*(builder.free(node) for node in reductions if node.loops == loops))
     across = [axis for axis in space.axes if axis.variable in needs]
     along = [axis for axis in space.axes if axis.variable not in needs]
-    roots, stores = list(space.roots), list(space.stores)
-    # Stored along the row under other names: with one name, what both need is computed once.
     names = [name for name, _ in loops]
-    if [axis.variable for axis in along] != names and [axis.extent for axis in along] == [size for _, size in loops]:
-        others = {name for node in reductions if node.loops != loops for name, _ in node.loops}
-        taken = others | {axis.variable for axis in space.axes}
-        if not taken & (set(names) - {axis.variable for axis in along}):
-            change: dict[str, Size] = {axis.variable: name for axis, name in zip(along, names, strict=True)}
-            known: dict[Expr, Expr] = {}
-            roots = [builder.rewrite(root, change, known) for root in roots]
-            stores = [sizes.substitute(store, change) for store in stores]
-            along = [Axis(*loop) for loop in loops]
-    cut = _Rows(space, loops, across, along, roots, stores)
-    if not along or cut.shared:
-        cut.loops, cut.roots, cut.stores = merge_loops(kernel, loops, roots, stores)
-        cut.along = [Axis(*loop) for loop in cut.loops] if along else []
+    others = {name for node in reductions if node.loops != loops for name, _ in node.loops}
+    taken = others | {axis.variable for axis in across}
+    if [axis.extent for axis in along] == [extent for _, extent in loops] and not taken & set(names):
+        # Stored along the row: under the names of the reduction, what both need is computed once.
+        change: dict[str, Size] = {axis.variable: name for axis, name in zip(along, names, strict=True)}
+        along = [Axis(*loop) for loop in loops]
+    elif {axis.variable for axis in along} == set(names):
+        change = {}
     else:
-        cut.along, cut.roots, cut.stores = merge(kernel, along, roots, stores)
+        # Other axes, which may have the same names: merging the one must not touch the other.
+        change = {axis.variable: kernel.variable(f"{axis.variable}s", axis.extent) for axis in along}
+        along = [Axis(f"{axis.variable}s", axis.extent) for axis in along]
+    known: dict[Expr, Expr] = {}
+    roots = [builder.rewrite(root, change, known) for root in space.roots]
+    stores = [sizes.substitute(store, change) for store in space.stores]
+    cut = _Rows(space, loops, across, along, roots, stores)
+    shared = cut.shared
+    cut.loops, cut.roots, cut.stores = merge_loops(kernel, loops, roots, stores)
+    if shared:
+        cut.along = [Axis(*loop) for loop in cut.loops]
+    else:
+        cut.along, cut.roots, cut.stores = merge(kernel, along, cut.roots, cut.stores)
     cut.across, cut.roots, cut.stores = merge(kernel, across, cut.roots, cut.stores)
     return cut
 
@@ -278,7 +285,7 @@ def _power(value: int) -> int:
 def _row_tiles(space: Space, length: Size, most: int, count: int, whole: bool, strided: bool) -> list[Tile]:
     """Tiles by the longest row, the largest number of rows, and how they lie."""
     if strided:
-        columns = max(_power(most), 8) if whole else 32
+        columns = max(_power(most), LEAST_ROW) if whole else 32
         wide = min(64, max(_power(count), 8))
         tiles = [_tile(4, XBLOCK=wide, RBLOCK=columns)]
         if wide > 16:
@@ -286,7 +293,7 @@ def _row_tiles(space: Space, length: Size, most: int, count: int, whole: bool, s
         return tiles
     if not whole:
         return [_tile(8, XBLOCK=1, RBLOCK=2048), _tile(16, XBLOCK=1, RBLOCK=4096)]
-    columns = max(_power(most), 16)
+    columns = max(_power(most), LEAST_ROW)
     tiles = []
     for elements in (1024, 4096):
         x = max(1, min(elements // columns, _power(count)))

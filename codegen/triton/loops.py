@@ -12,12 +12,12 @@ One kernel has one reduction that runs along rows, however often it occurs; any 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...runtime import sizes
 from ...runtime.sizes import Size
-from ..expr import Expr, Load, Loops, Reduce, coefficient, walk
+from ..expr import Expr, Load, Loops, Reduce, coefficient, offsets, walk
 from ..iteration import Axis, Make, flops
 from ..regions import Made, Task, loop_region
 from ..values import Kernel
@@ -36,6 +36,10 @@ def loop_family(task: Task) -> Sequence[Made]:
     space = build_space(region.make, ranges)
     work = flops(space.kernel, space.roots, space.outputs[0].parameter)
     loops = row_loops(space, ranges)
+    groups = {} if loops is None else _groups(space, loops)
+    if groups:
+        space = build_space(region.make, ranges, groups)
+        loops = row_loops(space, ranges)
     wide = _is_wide(space, ranges, loops)
     body = pointwise(space, wide) if loops is None else rows(space, loops, wide)
     extras = (Extra("fault", FAULT),) if body.uses_fault else ()
@@ -52,18 +56,32 @@ def loop_family(task: Task) -> Sequence[Made]:
     return [Made(code, arguments.storages(region.frame.storages))]
 
 
-def build_space(make: Make, ranges: dict[str, tuple[int, int]]) -> Space:
-    """The region's values at the index of its result, whose axes are in storage order."""
+def build_space(make: Make, ranges: dict[str, tuple[int, int]], groups: Mapping[str, int] | None = None) -> Space:
+    """The region's values at the index of its result, whose axes are in storage order.
+
+    Args:
+        make: builds the values in a fresh kernel.
+        ranges: bounds of the call's symbols.
+        groups: axes (``"i1"``) that are taken apart into groups of so many elements.
+    """
     kernel = Kernel(ranges)
     parameters, outputs = make(kernel)
     result = outputs[0].parameter
     index: list[Size] = []
     axes: list[Axis] = []
-    for position, extent in enumerate(result.shape):
-        index.append(0 if extent == 1 else kernel.variable(f"i{position}", extent))
-        axes.append(Axis(f"i{position}", extent))
+    order = list(range(len(result.shape)))
     if result.layout == "channels_last":
-        axes = [axes[0], *axes[2:], axes[1]]
+        order = [0, *order[2:], 1]
+    for position, extent in enumerate(result.shape):
+        name, group = f"i{position}", (groups or {}).get(f"i{position}", 0)
+        if group:
+            outer = kernel.variable(name, sizes.floordiv(extent, group))
+            index.append(sizes.add(sizes.mul(outer, group), kernel.variable(f"{name}g", group)))
+        else:
+            index.append(0 if extent == 1 else kernel.variable(name, extent))
+    for position in order:
+        name, extent, group = f"i{position}", result.shape[position], (groups or {}).get(f"i{position}", 0)
+        axes += [Axis(name, sizes.floordiv(extent, group)), Axis(f"{name}g", group)] if group else [Axis(name, extent)]
     roots = [kernel.builder.cast(output.value.at(index), output.parameter.dtype) for output in outputs]
     stores = [kernel.offset(item.parameter.shape, item.parameter.layout, index) for item in outputs]
     return Space(kernel, parameters, outputs, [axis for axis in axes if axis.extent != 1], roots, stores)
@@ -94,6 +112,36 @@ def row_loops(space: Space, ranges: dict[str, tuple[int, int]]) -> Loops | None:
             candidates.append(_Candidate(stored_along, most, loops))
     best = max(candidates, key=lambda item: (item.stored_along, item.most), default=None)
     return None if best is None else best.loops
+
+
+def _groups(space: Space, loops: Loops) -> dict[str, int]:
+    """Axes of which the reduction sees only the group that an element is in, and the groups' sizes (group norm).
+
+    Taken apart, the elements of a group lie along the row that is reduced.
+    """
+    builder = space.kernel.builder
+    nodes = [node for node in walk(builder, space.roots) if isinstance(node, Reduce) and node.loops == loops]
+    accesses = [offset for node in walk(builder, [node.body for node in nodes]) for offset in offsets(node)]
+    groups = {}
+    for axis in space.axes:
+        seen = {part for access in accesses for part in _parts(access, axis.variable)}
+        quotients = {part.args[1] for part in seen if isinstance(part, sizes.Op)}
+        if len(quotients) == 1 and axis.variable not in seen and isinstance(axis.extent, int):
+            (group,) = quotients
+            if isinstance(group, int) and axis.extent % group == 0:
+                groups[axis.variable] = group
+    return groups
+
+
+def _parts(size: Size, variable: str) -> list[Size]:
+    """Where a variable occurs in an index: as its quotients by something, or as itself."""
+    if size == variable:
+        return [size]
+    if not isinstance(size, sizes.Op):
+        return []
+    if size.op == "floordiv" and size.args[0] == variable:
+        return [size]
+    return [part for arg in size.args for part in _parts(arg, variable)]
 
 
 def _reads_neighbours(space: Space, node: Reduce) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...runtime import sizes
 from ...runtime.plan import COUNTERS
@@ -19,7 +20,7 @@ from ..regions import Frame, Made, Task
 from ..storage import Storage
 from . import dialect
 from .anchors import Anchored
-from .attention_tiles import LEAST_SPLIT, decode_tiles, head_block, tiles
+from .attention_tiles import LEAST_SPLIT, MOST_KEYS, decode_tiles, head_block, tiles
 from .emit import Var
 from .frame import COUNTERS as COUNTERS_STORAGE
 from .frame import Extra
@@ -61,6 +62,7 @@ def _general(work: Anchored) -> Made:
     _declare(work, found)
     i = Var("i[:, None]", ("BLOCK_M", "1"), f"(i < {_text(found.queries)})[:, None]")
     rows = {"b": Var("b"), "h": Var("h"), "i": i}
+    whole = not found.causal and isinstance(found.keys, int) and found.keys % MOST_KEYS == 0
     within = f"j < {_text(found.keys)}"
     seen = f"({within})[None, :]" + (" & (j[None, :] <= i[:, None])" if found.causal else "")
     return work.made(
@@ -68,15 +70,15 @@ def _general(work: Anchored) -> Made:
         family="attention",
         units=sizes.mul(found.batch, found.heads, sizes.ceildiv(found.queries, "BLOCK_M")),
         flops=_flops(found),
-        tiles=tiles(found.query.dtype, found.d, found.dv),
+        tiles=tiles(found.query.dtype, found.d, found.dv, precision=work.task.precision, dense=_is_dense(work, found)),
         sizes_used=(found.queries, found.keys, found.batch, found.heads),
         HEADS=_text(found.heads),
         GROUP=_text(found.group),
         SQ=_text(found.queries),
         SK=_text(found.keys),
         causal=found.causal,
-        inside=_keys(work, found, rows, "", ""),
-        edge=_keys(work, found, rows, within, seen),
+        inside=_keys(work, found, rows, "", "") if found.causal else None,
+        edge=_keys(work, found, rows, "", "") if whole else _keys(work, found, rows, within, seen),
         **_common(work, found, rows, ("BLOCK_M", str(head_block(found.dv)))),
     )
 
@@ -106,7 +108,7 @@ def _decode(work: Anchored) -> Made | None:
     parts = (shared, sizes.ceildiv(found.keys, LEAST_SPLIT), live, found.dv + 2)
     limits = ((found.queries, MOST_QUERIES), (shared, COUNTERS))
     needed = [sizes.compare("le", size, limit) for size, limit in limits if sizes.bounds(size, ranges)[1] > limit]
-    cells = (is_live, _column("e", found.dv).guard)
+    cells = ("live[:, None]", _column("e", found.dv).guard)
     within = f"j < {_text(found.keys)}"
     return work.made(
         "attention_decode.py.jinja",
@@ -128,7 +130,7 @@ def _decode(work: Anchored) -> Made | None:
         SQ=_text(found.queries),
         SK=_text(found.keys),
         DV=found.dv,
-        cells=" & ".join(filter(None, cells)) or None,
+        cells=" & ".join(filter(None, cells)),
         edge=_keys(work, found, rows, within, f"({within})[None, :]"),
         **_common(work, found, rows, (str(block_rows), str(head_block(found.dv)))),
     )
@@ -143,7 +145,7 @@ def _declare(work: Anchored, found: Heads) -> None:
         work.kernel.variable(name, extent)
 
 
-def _common(work: Anchored, found: Heads, rows: Mapping[str, Var], result: tuple[str, str]) -> dict[str, object]:
+def _common(work: Anchored, found: Heads, rows: Mapping[str, Var], result: tuple[str, str]) -> dict[str, Any]:
     """What both templates need besides the keys: queries, scale, precision, and the store of a block of results."""
     d = _column("d", found.d)
     e = _column("e", found.dv)
@@ -188,6 +190,13 @@ def _column(name: str, extent: int) -> Var:
     """An axis of a head, filled up to a power of two."""
     block = head_block(extent)
     return Var(f"{name}[None, :]", ("1", str(block)), f"({name} < {extent})[None, :]" if block != extent else "")
+
+
+def _is_dense(work: Anchored, found: Heads) -> bool:
+    """Whether the mask has an element of its own for every score of a block, rather than one for every key."""
+    if found.mask is None:
+        return False
+    return "i" in work.kernel.builder.free(found.mask.at((*found.outer, "i", "j")))
 
 
 def _flops(found: Heads) -> Size:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from ...runtime.plan import Tile, TileConstant
+
+MOST_KEYS = 128
+"""The most keys of a block."""
 
 LEAST_SPLIT = 128
 """The fewest keys that one program takes where keys are split; the scratch memory is sized for it."""
@@ -13,12 +18,25 @@ def head_block(length: int) -> int:
     return max(16, 1 << max(length - 1, 0).bit_length())
 
 
-def tiles(dtype: str, d: int, dv: int) -> tuple[Tile, ...]:
-    """The binaries of ``attention.py.jinja`` for operands of a dtype and head lengths."""
+def tiles(dtype: str, d: int, dv: int, *, precision: str, dense: bool) -> tuple[Tile, ...]:
+    """The binaries of ``attention.py.jinja``.
+
+    Args:
+        dtype: of the operands.
+        d: length of a query and a key.
+        dv: length of a value.
+        precision: of products of float32, which take few registers only in tensor cores (``"tf32"``).
+        dense: whether the mask has an element for every score, whose addresses take registers as well.
+    """
+    single = _TF32 if precision == "tf32" else _FLOAT32
+    half = _DENSE if dense else _HALF
+    table = single if dtype == "float32" else half
     widest = max(head_block(d), head_block(dv))
-    shapes = _FLOAT32 if dtype == "float32" else _HALF
-    row = next(shapes[limit] for limit in sorted(shapes) if widest <= limit)
-    return tuple(tile(warps, stages, BLOCK_M=m, BLOCK_N=n) for m, n, warps, stages in row)
+    rows = next(rows for limit, rows in table.items() if widest <= limit)
+    return tuple(
+        replace(tile(row.warps, row.stages, BLOCK_M=row.queries, BLOCK_N=row.keys), architectures=row.architectures)
+        for row in rows
+    )
 
 
 def decode_tiles(dtype: str, d: int, dv: int) -> tuple[Tile, ...]:
@@ -38,16 +56,38 @@ def tile(warps: int, stages: int, **constants: int) -> Tile:
     return Tile(name, tuple(TileConstant(key, value) for key, value in constants.items()), warps, stages)
 
 
-# Largest head length -> (queries, keys, warps, stages)
+@dataclass(frozen=True)
+class Row:
+    """One line of the tables below."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    architectures: tuple[str, ...] = ()
+
+
+_HOPPER = ("sm_90",)  # its products read both sides from shared memory, which leaves registers for larger blocks
+
+# Largest head length → tiles. None of the default ones spills on sm_80 or sm_90, and one of each fits 99 KB.
 _HALF = {
-    32: ((128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
-    64: ((128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
-    128: ((128, 64, 8, 2), (64, 64, 4, 2), (128, 128, 8, 2)),
-    256: ((64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+    64: (Row(128, 64, 8, 3), Row(64, 64, 4, 3), Row(128, 128, 8, 2, _HOPPER)),
+    128: (Row(128, 128, 8, 2, _HOPPER), Row(128, 64, 8, 2), Row(128, 32, 8, 2), Row(64, 64, 4, 2, _HOPPER)),
+    256: (Row(128, 64, 8, 2, _HOPPER), Row(64, 32, 8, 2)),
+}
+_DENSE = {
+    32: (Row(64, 32, 4, 3), Row(64, 64, 4, 3, _HOPPER)),
+    64: (Row(128, 64, 8, 3), Row(64, 64, 4, 3)),
+    128: (Row(64, 32, 8, 2), Row(128, 32, 8, 2, _HOPPER)),
+    256: (Row(64, 32, 8, 2, _HOPPER), Row(32, 32, 4, 2)),
 }
 _FLOAT32 = {
-    32: ((64, 32, 4, 2), (32, 32, 4, 2)),
-    64: ((64, 32, 4, 2), (32, 32, 4, 2)),
-    128: ((32, 32, 4, 2), (64, 32, 8, 2)),
-    256: ((16, 32, 4, 2), (32, 16, 8, 1)),
+    64: (Row(32, 16, 4, 2), Row(32, 32, 4, 2)),
+    128: (Row(32, 16, 8, 2), Row(16, 16, 4, 2)),
+    256: (Row(16, 16, 4, 2), Row(32, 16, 8, 2)),
+}
+_TF32 = {
+    64: (Row(64, 64, 8, 2), Row(32, 32, 4, 2)),
+    128: (Row(32, 32, 4, 2), Row(64, 32, 8, 2)),
+    256: (Row(32, 16, 4, 2), Row(32, 16, 8, 2)),
 }

@@ -107,6 +107,7 @@ class _Kernel:
         self.work = Anchored(family.task, family.anchor, family.frame)
         self.product: Product = product_of(self.work)
         self.w, self.w_terms = self._right()
+        self.entry: Size = 0 if self.product.batch == 1 else "b"
 
     def _right(self) -> tuple[Value, Size]:
         """The right operand as ``[b, k, n]``, and how many terms can be read of it (zeros fill up rows)."""
@@ -128,7 +129,7 @@ class _Kernel:
 
     def streams(self) -> bool:
         """Whether the terms of a column of the right operand are contiguous."""
-        return affine_rows(self.w.at(("b", "k", "n")), "n", "k") is not None
+        return affine_rows(self.w.at((self.entry, "k", "n")), "n", "k") is not None
 
     def tensors(self) -> tuple[dict[str, object], dict[str, object]] | None:
         """Both operands for tensor descriptors, where they are rows of contiguous elements, 16 bytes aligned."""
@@ -137,8 +138,8 @@ class _Kernel:
             return None
         if index_type(self.family.frame.parameters, task.symbols.ranges, product.m) != "i32":
             return None
-        a = self._tensor(product.a.at(("b", "m", "k")), "m", "k", product.m, product.k)
-        weight = self.w.at(("b", "k", "n"))
+        a = self._tensor(product.a.at((self.entry, "m", "k")), "m", "k", product.m, product.k)
+        weight = self.w.at((self.entry, "k", "n"))
         w = self._tensor(weight, "n", "k", product.n, product.k) or self._tensor(weight, "k", "n", product.k, product.n)
         return (a, w) if a is not None and w is not None else None
 
@@ -172,7 +173,10 @@ class _Kernel:
             units = sizes.mul(units, "SPLIT_K")
         if "PERSISTENT" in constants:
             template, units = "matmul_both.py.jinja", sizes.minimum(units, "PROGRAMS")
-            context["tensors"] = self.tensors()
+            context |= {
+                "tensors": self.tensors(),
+                "epilogue_half": self._epilogue(form.tiles, "BLOCK_M", "BLOCK_N // 2"),
+            }
         return self.work.made(
             template,
             family="matmul",
@@ -191,7 +195,7 @@ class _Kernel:
 
     def _matmul(self, tiles: Sequence[Tile], split: bool) -> dict[str, object]:
         product = self.product
-        a, w = product.a.at(("b", "m", "k")), self.w.at(("b", "k", "n"))
+        a, w = product.a.at((self.entry, "m", "k")), self.w.at((self.entry, "k", "n"))
         m, clamp_m = self._axis("m", "row", product.m, "BLOCK_M", tiles, a)
         n, clamp_n = self._axis("n", "column", product.n, "BLOCK_N", tiles, w)
         k = _Axis("k", "BLOCK_K", _guard("k", product.k, "BLOCK_K", tiles))
@@ -212,7 +216,7 @@ class _Kernel:
         builder = self.work.kernel.builder
         a, w = (
             builder.cast(value.at(index), "float32")
-            for value, index in ((product.a, ("b", "m", "k")), (self.w, ("b", "k", "n")))
+            for value, index in ((product.a, (self.entry, "m", "k")), (self.w, (self.entry, "k", "n")))
         )
         m, clamp_m = self._axis("m", "row", product.m, "ROWS", tiles, a)
         n, clamp_n = self._axis("n", "column", product.n, "BLOCK_N", tiles, w)
@@ -258,12 +262,12 @@ class _Kernel:
         scope.lines.append(f"{name} = {text}")
         return self.work.text(scope)
 
-    def _epilogue(self, tiles: Sequence[Tile], block_m: str) -> str:
+    def _epilogue(self, tiles: Sequence[Tile], block_m: str, block_n: str = "BLOCK_N") -> str:
         product = self.product
         m = _Axis("m", block_m, _guard("m", product.m, block_m, tiles))
-        n = _Axis("n", "BLOCK_N", _guard("n", product.n, "BLOCK_N", tiles))
+        n = _Axis("n", block_n, _guard("n", product.n, "BLOCK_N", tiles))
         variables = {"b": Var("b"), "m": m.at(0, 2), "n": n.at(1, 2)}
-        return self.work.epilogue(product.index, variables, product.added, (block_m, "BLOCK_N"))
+        return self.work.epilogue(product.index, variables, product.added, (block_m, block_n))
 
 
 @dataclass(frozen=True)

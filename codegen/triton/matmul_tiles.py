@@ -68,15 +68,15 @@ class _Block:
     architectures: tuple[str, ...] = ()
 
 
-_LARGE = (
-    _Block(128, 128, 64, 8, 3),
-    _Block(64, 128, 64, 4, 3),
-    _Block(128, 256, 64, 8, 3, ("sm_80", "sm_90", "sm_100")),
-)
+_LARGE = (_Block(128, 128, 64, 8, 3), _Block(64, 128, 64, 4, 3), _Block(64, 64, 64, 4, 4))
 _MEDIUM = (_Block(64, 64, 64, 4, 4), _Block(128, 64, 64, 4, 3), _Block(32, 64, 64, 4, 4))
 _NARROW = (_Block(64, 32, 64, 4, 4), _Block(128, 32, 64, 4, 4))
 _FEW = (_Block(16, 32, 128, 4, 4), _Block(16, 64, 128, 4, 4))
-_PERSISTENT = (_Block(128, 256, 64, 8, 3, ("sm_90", "sm_100")), _Block(128, 128, 64, 8, 3, ("sm_120",)))
+_PERSISTENT = (
+    _Block(128, 256, 64, 8, 3, ("sm_90", "sm_100")),
+    _Block(128, 128, 64, 8, 4, ("sm_90", "sm_100")),
+    _Block(128, 128, 64, 8, 3, ("sm_120",)),
+)
 # Without tensor cores every thread multiplies its own part of a block: that takes registers, not stages.
 _PLAIN = (_Block(64, 64, 16, 8, 2), _Block(32, 32, 32, 4, 2), _Block(128, 64, 16, 8, 2))
 
@@ -91,7 +91,7 @@ def matmul_tiles(extents: Extents, *, few: bool) -> tuple[Tile, ...]:
     blocks = [_fitted(block, extents) for block in _table(extents, few)]
     first = blocks[0] if few or not extents.tensor_cores else _fitted(_MEDIUM[0], extents)
     split = _split(extents, first)
-    persistent = [] if few or not _large(extents) or not extents.descriptors else list(_PERSISTENT)
+    persistent = _PERSISTENT if _persists(extents) and not few else ()
     found: dict[str, Tile] = {}
 
     def add(block: _Block, parts: int = 1, programs: int = _MANY) -> None:
@@ -110,7 +110,7 @@ def matmul_tiles(extents: Extents, *, few: bool) -> tuple[Tile, ...]:
         add(block)
     if split:
         add(first, split)
-    for block in persistent:
+    for block in [_fitted(block, extents) for block in persistent]:
         for architecture in block.architectures:
             add(_Block(*_sizes(block), (architecture,)), programs=_PROGRAMS[architecture])
     return tuple(found.values())
@@ -159,13 +159,12 @@ def _table(extents: Extents, few: bool) -> tuple[_Block, ...]:
         return _NARROW
     if extents.most(extents.m) < 128 or extents.most(extents.n) < 128:
         return _MEDIUM
-    # The widest blocks only where they leave work for every multiprocessor.
-    large = _LARGE if _large(extents) else _LARGE[:2]
-    return (*large, _MEDIUM[0])
+    return _LARGE
 
 
-def _large(extents: Extents) -> bool:
-    return extents.most(extents.m) >= 512 and extents.most(extents.n) >= 256 and extents.tensor_cores
+def _persists(extents: Extents) -> bool:
+    """Whether a result may have enough tiles for programs that take one after the other."""
+    return extents.descriptors and extents.most(extents.m) >= 512 and extents.most(extents.n) >= 256
 
 
 def _fitted(block: _Block, extents: Extents) -> _Block:

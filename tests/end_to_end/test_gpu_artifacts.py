@@ -1,0 +1,196 @@
+"""One artifact for two GPU architectures and a CPU: what it holds, that the CPU runs it, and that its bytes repeat."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tilewright
+from tilewright.models.initialize import initialize
+from tilewright.runtime import binaries
+from tilewright.runtime.artifact import Artifact, read_artifact, verify_integrity
+from tilewright.runtime.errors import UsageError
+from tilewright.runtime.weights import read_header
+
+TARGET = "cuda:sm_80,cuda:sm_90,cpu:x86-64-v3"
+
+
+class Rows(nn.Module):
+    """Products, a norm and an embedding; the CPU packs the weights of the products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm, self.head = nn.Embedding(30, 24), nn.LayerNorm(24), nn.Linear(24, 10)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.table(ids))).relu()
+
+
+class Image(nn.Module):
+    """Two convolutions and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 5)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(image).relu()).relu().mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """One attention in half precision, which only the GPU computes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 96, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in self.project(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+CASES = {
+    "rows": (Rows, lambda: torch.arange(6).reshape(2, 3), 2e-6),
+    "image": (Image, lambda: torch.randn(2, 3, 9, 9), 2e-6),
+    "attention": (Attention, lambda: torch.randn(1, 5, 32, dtype=torch.bfloat16), 2e-2),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """A module, its input, the artifact, the tolerance."""
+    make, sample, tolerance = CASES[request.param]
+    torch.manual_seed(0)
+    module, x = initialize(make(), 0).eval(), sample()
+    path = tmp_path_factory.mktemp("gpu") / f"{request.param}.tw"
+    done = tilewright.compile(module, (x,), output=path, target=TARGET)
+    assert {(error.device, error.ok) for error in done.errors} == {("cpu", True), ("cuda", True)}
+    return module, x, path, tolerance
+
+
+def test_it_holds_plans_for_both_and_kernels_for_each_target(case):
+    _, _, path, _ = case
+    artifact = verify_integrity(path)
+    assert [target.name for target in artifact.manifest.targets] == ["cpu:x86-64-v3", "cuda:sm_80", "cuda:sm_90"]
+    assert list(artifact.devices) == ["cpu", "cuda"]
+    assert (path / "plan" / "main.json").is_file() and (path / "plan" / "main.cuda.json").is_file()
+    assert artifact.plans is artifact.devices["cpu"]
+    plan = artifact.devices["cuda"]["main"]
+    called = {variant.kernel for step in plan.steps for variant in step.variants}
+    assert {file.stem for file in (path / "kernels" / "triton").iterdir()} == {*called, "tw_math"}
+    for target in artifact.manifest.targets[1:]:
+        table = binaries.parse((path / target.library).read_bytes(), target.library)
+        assert set(table.by_name) == called and f"cuda:{table.architecture}" == target.name
+        for kernel in table.kernels:
+            for binary in kernel.binaries:
+                assert (path / target.library).with_name(binary.cubin).read_bytes().startswith(b"\x7fELF")
+
+
+def test_the_cpu_runs_it(case, same):
+    module, x, path, tolerance = case
+    array = x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+    with tilewright.load(path, device="cpu") as model, torch.no_grad():
+        assert model.target == "cpu:x86-64-v3"
+        same(model(array), module(x), tolerance)
+
+
+def test_a_weight_that_both_want_in_one_form_is_stored_once(case):
+    _, x, path, _ = case
+    artifact = read_artifact(path)
+    cpu, cuda = (artifact.devices[device]["main"].constants for device in ("cpu", "cuda"))
+    shared = {constant.key for constant in cpu} & {constant.key for constant in cuda}
+    assert shared or x.dtype == torch.bfloat16  # biases at least; a CPU wants them in float32
+    stored = list(_tensors(artifact))
+    assert len(set(stored)) == len(stored)
+    assert {constant.key for constant in (*cpu, *cuda)} == set(artifact.weights.tensors)
+
+
+def _tensors(artifact: Artifact):
+    """(dtype, shape, content) of all that is in the weight file."""
+    content = artifact.weights_path.read_bytes()
+    header = read_header(content, len(content), "weights")
+    for tensor in header.tensors.values():
+        data = content[len(header.header) :][tensor.begin : tensor.end]
+        if data.strip(b"\0"):  # all zeros may be several
+            yield tensor.dtype, tensor.shape, data
+
+
+def test_half_precision_stays_half_on_the_gpu(tmp_path):
+    module, x = initialize(Attention(), 0).eval(), torch.randn(1, 5, 32, dtype=torch.bfloat16)
+    tilewright.compile(module, (x,), output=tmp_path / "half.tw", target="cuda:sm_90")
+    artifact = read_artifact(tmp_path / "half.tw")
+    (plan,) = artifact.plans.values()
+    assert list(artifact.devices) == ["cuda"] and artifact.manifest.info["precision"]["applied"] == "bf16"
+    assert {buffer.dtype for buffer in plan.buffers} | {constant.dtype for constant in plan.constants} == {"bfloat16"}
+    assert artifact.manifest.info["verification"]["cuda"]["device_run"] in (True, False)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+def test_precisions_of_gpus_are_refused_where_a_cpu_is_meant_too(precision, tmp_path):
+    with pytest.raises(UsageError, match=f"precision '{precision}' is for GPUs"):
+        tilewright.compile(Rows().eval(), (torch.zeros(1, 2, dtype=torch.int64),), output=tmp_path / "m.tw",
+                           target=TARGET, precision=precision)  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+SCRIPT = '''
+"""Compiles a small model for two GPUs and a CPU into the directory of its argument."""
+import sys
+
+import torch
+from torch import nn
+
+import tilewright
+from tilewright.models.initialize import initialize
+
+torch.set_num_threads(1)
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, 8)
+
+    def forward(self, x):
+        return self.head(self.norm(x).sin())
+
+
+tilewright.compile(
+    initialize(Small(), 0), (torch.ones(3, 24),), output=sys.argv[1], verify="off", ptx=True,
+    target="cuda:sm_80,cuda:sm_90,cpu:x86-64-v3",
+)
+'''
+
+
+def test_two_processes_give_the_same_bytes(tmp_path):
+    runs = []
+    for seed, folder in (("1", tmp_path / "a"), ("77", tmp_path / "another" / "place")):
+        folder.mkdir(parents=True)
+        (folder / "small.py").write_text(SCRIPT)
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "TILEWRIGHT_CACHE": "off", "TMPDIR": str(folder)}
+        command = [sys.executable, str(folder / "small.py"), str(folder / "small.tw")]
+        runs.append(subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE))
+    for run in runs:
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 0, errors.decode()
+    first, second = tmp_path / "a" / "small.tw", tmp_path / "another" / "place" / "small.tw"
+    files = _files(first)
+    assert files == _files(second)
+    assert any(file.endswith(".cubin") for file in files) and any(file.endswith(".ptx") for file in files)
+    for file in files:
+        content = (first / file).read_bytes()
+        assert content == (second / file).read_bytes(), f"{file} differs"
+        for place in (tmp_path, Path(tilewright.__file__).parent):
+            assert str(place).encode() not in content, f"{file} names {place}"
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

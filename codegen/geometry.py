@@ -156,6 +156,7 @@ def geometry_of(anchor: fx.Node, weight: fx.Node) -> Geometry:
         insert=steps,
         rank=rank,
         turned=True,
+        reaches=(rank == 2, True),
     )
 
 

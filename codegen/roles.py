@@ -30,5 +30,8 @@ def fusion_roles(device: str = "cpu") -> Roles:
     groups: dict[str, set[object]] = {}
     for target, lowering in all_lowerings().items():
         groups.setdefault(lowering.role, set()).add(target)
-    plain = {role: frozenset(groups.get(role, ())) for role in ("pointwise", "view", "gather", "reduction", "window")}
-    return Roles(**plain, anchors=dict(_ANCHORS), lanes=LANES)
+    pointwise, view, gather, reduction, window = (
+        frozenset(groups.get(role, ())) for role in ("pointwise", "view", "gather", "reduction", "window")
+    )
+    image_layout = "channels16" if device == "cpu" else "channels_last"
+    return Roles(pointwise, view, gather, reduction, window, dict(_ANCHORS), image_layout, LANES)

@@ -32,10 +32,10 @@ def pipeline(roles: Roles, device: str = "cpu", precision: str = "auto") -> list
         device: the kind of device that the program is for, ``"cpu"`` or ``"cuda"``.
         precision: what to compute in (``--precision``).
     """
-    cpu = device == "cpu"
+    wide = device == "cpu" or precision == "fp32"
     return [
         # Before anything looks at dtypes: no CPU kernel computes in half precision yet. GPU kernels do.
-        *([WidenFloats()] if cpu or precision == "fp32" else []),
+        *([WidenFloats()] if wide else []),
         # Numbers and masks that are computed become constants, which the canonical form then writes as numbers. Large
         # ones wait: weights are still going to change.
         FoldConstants(outline=False),
@@ -72,6 +72,6 @@ def pipeline(roles: Roles, device: str = "cpu", precision: str = "auto") -> list
         EliminateDeadCode(),
         # Everything is in its final form: group it into kernels.
         FuseOperators(roles),
-        # Values between kernels exist only now. GPU kernels store rows.
-        *([AlignLayouts(roles)] if cpu else []),
+        # Values between kernels exist only now.
+        AlignLayouts(roles),
     ]

@@ -1,0 +1,151 @@
+"""How the convolution kernels cut their work: the binaries for each shape, chosen by a model of the time they take.
+
+The model is of one kind of GPU only, but the order that it puts tiles in is about the same on all of them: what counts
+is how many programs there are, how much of each tile is filling, and how often an element is read from the second-level
+cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ...runtime.plan import COUNTERS, Tile, TileConstant
+
+PROCESSORS = 132
+RESIDENT = 512 * 128  # elements of accumulators that the registers of one processor hold
+SHARED_MEMORY = 99 * 1024  # of one program, on the smallest of the architectures
+CACHE = 64  # bytes that a processor reads from the second-level cache per cycle
+LATENCY = 250  # cycles of one step, while nothing else runs on the processor
+START = 1500  # cycles before the first and after the last step
+JOIN = 2500  # cycles to join the sums of split terms
+PRODUCTS = {"half": 2048, "tf32": 1024, "ieee": 128}  # multiply-adds of a processor per cycle
+
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+_LEAST_STEPS = 4  # of a program that takes part of the terms
+# (pixels, channels, warps, stages)
+_TENSOR = (
+    (128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4), (128, 32, 4, 3), (64, 32, 4, 4), (32, 64, 4, 4),
+    (128, 16, 4, 3), (32, 16, 2, 4), (16, 16, 2, 4), (16, 32, 2, 4), (16, 64, 4, 4), (16, 128, 4, 4),
+)  # fmt: skip
+_EXACT = (
+    (64, 64, 8, 3),
+    (32, 64, 4, 3),
+    (64, 32, 4, 3),
+    (64, 16, 4, 3),
+    (32, 32, 4, 3),
+    (16, 32, 4, 3),
+    (16, 16, 2, 3),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A convolution at one size, as its tiles see it.
+
+    Attributes:
+        pixels: of all results.
+        most: pixels that the kernel may meet.
+        outputs: channels of a group.
+        groups: of channels.
+        runs: runs of terms that are read together: the taps, or 1 where terms are looked up one by one.
+        run: terms of each.
+        item: bytes of an operand's element.
+        unit: what multiplies: ``"half"``, ``"tf32"`` or ``"ieee"``.
+    """
+
+    pixels: int
+    most: int
+    outputs: int
+    groups: int
+    runs: int
+    run: int
+    item: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class _Cut:
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    split: int
+
+    @property
+    def tile(self) -> Tile:
+        constants = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "SPLIT_K": self.split}
+        name = f"{self.m}x{self.n}x{self.k}" + (f"p{self.split}" if self.split > 1 else "")
+        return tile(f"{name}w{self.warps}s{self.stages}", self.warps, self.stages, **constants)
+
+    def count(self, shape: Shape, pixels: int) -> int:
+        """Tiles of the result."""
+        return -(-pixels // self.m) * -(-shape.outputs // self.n) * shape.groups
+
+    def may_split(self, shape: Shape, steps: int) -> bool:
+        """Whether it is of use, and possible, to split so many steps."""
+        enough = steps >= self.split * _LEAST_STEPS
+        return (
+            enough and self.count(shape, shape.pixels) <= 2 * PROCESSORS and self.count(shape, shape.most) <= COUNTERS
+        )
+
+
+def tile(name: str, warps: int, stages: int, **constants: int) -> Tile:
+    """A tile with its constants by name."""
+    return Tile(name, tuple(TileConstant(key, value) for key, value in constants.items()), warps, stages)
+
+
+def product_tiles(shape: Shape, count: int) -> tuple[Tile, ...]:
+    """The binaries of ``convolution.py.jinja`` or ``convolution_gathered.py.jinja`` at a size, the best one first."""
+    ordered = sorted(_cuts(shape), key=lambda cut: (_cycles(cut, shape), cut.tile.name))
+    chosen: list[_Cut] = []
+    for cut in ordered:
+        if all((cut.m, cut.n) != (other.m, other.n) for other in chosen):
+            chosen.append(cut)
+    return tuple(cut.tile for cut in chosen[:count])
+
+
+def _cuts(shape: Shape) -> Iterable[_Cut]:
+    k = _block_k(shape)
+    steps = shape.runs * -(-shape.run // k)
+    for m, n, warps, stages in _EXACT if shape.unit == "ieee" else _TENSOR:
+        if (m >= 2 * shape.most and m > 16) or (n >= 2 * shape.outputs and n > 16):
+            continue  # mostly filling
+        if (m + n) * k * shape.item * stages > SHARED_MEMORY:
+            stages -= 1
+        for split in _SPLITS:
+            cut = _Cut(m, n, k, warps, stages, split)
+            if split == 1 or cut.may_split(shape, steps):
+                yield cut
+
+
+def _block_k(shape: Shape) -> int:
+    """Terms of a step: as many as fill it best, for about 128 bytes of a row."""
+    most = {"half": 64, "tf32": 32, "ieee": 32}[shape.unit]
+    sizes = [size for size in (most, most // 2, 16) if size == 16 or size // 2 < shape.run]
+    return min(sizes, key=lambda size: (-(-shape.run // size) * size, -size))
+
+
+def _cycles(cut: _Cut, shape: Shape) -> float:
+    """About how long a tile's kernel takes."""
+    programs = cut.count(shape, shape.pixels) * cut.split
+    steps = -(-shape.runs * -(-shape.run // cut.k) // cut.split)
+    multiply = cut.m * cut.n * cut.k / PRODUCTS[shape.unit]
+    read = (cut.m + cut.n) * cut.k * shape.item / CACHE
+    resident = max(
+        1, min(RESIDENT // (cut.m * cut.n * 2), 227 * 1024 // ((cut.m + cut.n) * cut.k * shape.item * cut.stages))
+    )
+    turns = -(-programs // (PROCESSORS * resident))
+    busy = -(-programs // PROCESSORS) * steps * max(multiply, read)
+    alone = turns * steps * LATENCY
+    join = JOIN + cut.split * cut.m * cut.n * 8 / CACHE if cut.split > 1 else 0
+    return max(busy, alone) + turns * START + join
+
+
+def depthwise_tiles(channels: int, taps: int) -> tuple[Tile, ...]:
+    """The binaries of ``depthwise.py.jinja``."""
+    n = next((size for size in (16, 32, 64) if channels <= size), 64)
+    elements = 2048 if taps <= 25 else 1024
+    shapes = ((elements // n, n), (elements // n // 2, n), (elements // n // 2, min(2 * n, 128)))
+    return tuple(tile(f"{m}x{n}w4", 4, 1, BLOCK_M=m, BLOCK_N=n) for m, n in dict.fromkeys(shapes) if n < 2 * channels)

@@ -122,21 +122,104 @@ def gelu_tanh(x):
 
 
 @triton.jit
+def _word_of_two_over_pi(first, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Word number ``first`` of four."""
+    a, b = tl.full((), A, tl.uint32), tl.full((), B, tl.uint32)
+    c, d = tl.full((), C, tl.uint32), tl.full((), D, tl.uint32)
+    return tl.where(first == 1, b, tl.where(first == 2, c, tl.where(first == 3, d, a)))
+
+
+@triton.jit
+def _turns_of_large(x):
+    """Quadrant and rest in [-pi/4, pi/4] of a float32 x of at least 2^24, an integer m * 2^e.
+
+    m times the bits of 2/pi from bit e on gives quadrant and fraction (M. Payne and R. Hanek, "Radian reduction for
+    trigonometric functions", SIGNUM Newsletter 18, 1983). No float32 is closer than 2^-30 to a multiple of pi/2.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    m = (bits & 0x007FFFFF) | 0x00800000
+    e = ((bits >> 23) & 0xFF) - 150
+    first, shift = (e >> 5) & 3, e & 31
+    b0 = _word_of_two_over_pi(first, 0x28BE60DB, 0x9391054A, 0x7F09D5F4, 0x7D4D3770)
+    b1 = _word_of_two_over_pi(first, 0x9391054A, 0x7F09D5F4, 0x7D4D3770, 0x36D8A566)
+    b2 = _word_of_two_over_pi(first, 0x7F09D5F4, 0x7D4D3770, 0x36D8A566, 0x4F10E410)
+    b3 = _word_of_two_over_pi(first, 0x7D4D3770, 0x36D8A566, 0x4F10E410, 0x7F9458EA)
+    w0 = (b0 << shift) | ((b1 >> 1) >> (31 - shift))
+    w1 = (b1 << shift) | ((b2 >> 1) >> (31 - shift))
+    w2 = (b2 << shift) | ((b3 >> 1) >> (31 - shift))
+    wide = m.to(tl.uint64)
+    # m * 2^e * 2/pi modulo 4, in units of 2^-62
+    turns = ((m * w0).to(tl.uint64) << 32) + wide * w1 + ((wide * w2) >> 32)
+    quadrant = (turns + 0x2000000000000000) >> 62
+    fraction = (turns - (quadrant << 62)).to(tl.int64, bitcast=True)
+    rest = fraction.to(tl.float64) * 3.4061215800865545e-19
+    quadrant = quadrant.to(tl.int32)
+    return tl.where(x < 0, -quadrant, quadrant), tl.where(x < 0, -rest, rest)
+
+
+@triton.jit
+def _turns(x):
+    """Quadrant and rest (in float32) of a float32 angle. Infinities give NaN."""
+    is_large = tl.abs(x) >= 16777216.0
+    wide = tl.where(is_large, 0.0, x).to(tl.float64)
+    n = tl.floor(wide * 0.63661977236758134308 + 0.5)
+    near = tl.fma(n, -6.1232339957367658e-17, tl.fma(n, -1.5707963267948966192, wide))
+    quadrant, far = _turns_of_large(x)
+    rest = tl.where(is_large, far, near).to(tl.float32)
+    return tl.where(is_large, quadrant, n.to(tl.int32)), rest + (x - x)
+
+
+@triton.jit
+def _sine_and_cosine(r):
+    """Of an angle in [-pi/4, pi/4], in float32: minimax polynomials."""
+    u = r * r
+    p = (u * -0.0001951463200384751 + 0.008332155644893646) * u - 0.16666655242443085
+    q = (u * 2.443241282890085e-05 - 0.0013887309469282627) * u + 0.04166664555668831
+    return (r * u) * p + r, (u * u) * q + (1.0 - 0.5 * u)
+
+
+@triton.jit
+def _sine(x, QUARTERS: tl.constexpr):
+    """The sine of x + QUARTERS pi / 2 in float32."""
+    quadrant, rest = _turns(x)
+    quadrant += QUARTERS
+    sine, cosine = _sine_and_cosine(rest)
+    result = tl.where((quadrant & 1) != 0, cosine, sine)
+    return tl.where((quadrant & 2) != 0, -result, result)
+
+
+@triton.jit
 def sin(x):
-    """1.6 ULP."""
-    return tl.sin(x)
+    """2 ULP, over the whole range."""
+    if x.dtype == tl.float64:
+        result = tl.sin(x)
+    else:
+        result = tl.where(x == 0, x, _sine(x, 0))
+    return result
 
 
 @triton.jit
 def cos(x):
-    """1.6 ULP."""
-    return tl.cos(x)
+    """2 ULP, over the whole range."""
+    if x.dtype == tl.float64:
+        result = tl.cos(x)
+    else:
+        result = _sine(x, 1)
+    return result
 
 
 @triton.jit
 def tan(x):
     """5 ULP."""
-    return tl.sin(x) / tl.cos(x)
+    if x.dtype == tl.float64:
+        result = tl.sin(x) / tl.cos(x)
+    else:
+        quadrant, rest = _turns(x)
+        sine, cosine = _sine_and_cosine(rest)
+        odd = (quadrant & 1) != 0
+        result = tl.where(odd, -cosine, sine) / tl.where(odd, sine, cosine)
+        result = tl.where(x == 0, x, result)
+    return result
 
 
 @triton.jit

@@ -1,13 +1,11 @@
 """Every model family: all passes against none and against eager PyTorch in double precision, for both targets.
 
-Large families are built in small from the same classes; everything else is as the registry has it.
+Large families are built in small from the same classes (``conftest.py``); everything else is as the registry has it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,7 @@ from tilewright.codegen.generate import build_kernels, generate
 from tilewright.codegen.roles import fusion_roles
 from tilewright.compiler.capture import capture
 from tilewright.compiler.verification import reference_of
-from tilewright.models import bert, bytelm, digits, mobilenet_v3, resnet, unet, vit
-from tilewright.models.images import sample_images
-from tilewright.models.initialize import RELU_GAIN, initialize
+from tilewright.models import bytelm, digits
 from tilewright.passes.graph.program import Program
 from tilewright.passes.manager import PassManager
 from tilewright.passes.pipeline import pipeline
@@ -35,87 +31,14 @@ from tilewright.runtime import cpu
 
 TOLERANCE = 1e-5  # ten times tighter than what is promised
 TARGETS = ("cpu:x86-64-v3", "cpu:x86-64-v4")
+NAMES = (
+    "mlp", "digits", "resnet18", "resnet50", "mobilenet_v3", "unet", "vit", "bert", "gpt2_tiny", "llama_tiny", "bytelm",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model, its example, its dimensions, and the sizes to compare at besides the example's.
-
-    Large models are not compiled without passes: every operator of theirs is in a small one too.
-    """
-
-    module: torch.nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    shapes: Mapping[str, str]
-    sizes: tuple[Mapping[str, int], ...]
-    large: bool = False
-
-
-def _registered(name: str, *sizes: Mapping[str, int], large: bool = False) -> Case:
-    spec = models.get(name)
-    args, kwargs = spec.example()
-    return Case(spec.build(), args, kwargs, spec.shapes, sizes, large)
-
-
-def _image(module: torch.nn.Module, side: int, *batches: int, gain: float = 1.0) -> Case:
-    module = initialize(module, 0, gain=gain)
-    return Case(
-        module, (sample_images(side, side),), {}, {"image": f"batch:1..16,3,{side},{side}"},
-        tuple({"batch": batch} for batch in batches),
-    )  # fmt: skip
-
-
-def _resnet50_in_small(patch: pytest.MonkeyPatch) -> Case:
-    patch.setattr(resnet, "STAGE_WIDTHS", (16, 20, 20, 32))
-    patch.setitem(resnet.VARIANTS, "resnet50", (resnet.bottleneck, (2, 1, 1, 1), 4))
-    return _image(resnet.ResNet("resnet50", classes=37), 48, 1, 3, gain=RELU_GAIN)
-
-
-def _mobilenet_in_small(patch: pytest.MonkeyPatch) -> Case:
-    rows = tuple(mobilenet_v3.LARGE[index] for index in (1, 4, 10))
-    return _image(mobilenet_v3.MobileNetV3(rows, classes=37), 64, 1, 3, gain=1.3)
-
-
-def _unet_in_small(patch: pytest.MonkeyPatch) -> Case:
-    patch.setattr(unet, "CHANNELS", 12)
-    patch.setattr(unet, "DEPTH", 2)
-    return _image(unet.UNet(), 32, 1, 3, gain=RELU_GAIN)
-
-
-def _vit_in_small(patch: pytest.MonkeyPatch) -> Case:
-    for name, value in {"IMAGE": 48, "WIDTH": 48, "LAYERS": 2, "HEADS": 3, "HIDDEN": 100}.items():
-        patch.setattr(vit, name, value)
-    return _image(vit.ViT(classes=37), 48, 1, 5)
-
-
-def _bert_in_small(patch: pytest.MonkeyPatch) -> Case:
-    small = {"VOCABULARY": 211, "POSITIONS": 64, "WIDTH": 48, "LAYERS": 2, "HEADS": 3, "HIDDEN": 100}
-    for name, value in small.items():
-        patch.setattr(bert, name, value)
-    args, kwargs = bert.example()
-    shapes = {"input_ids": "batch:1..8,seq:1..64", "attention_mask": "batch,seq", "token_type_ids": "batch,seq"}
-    return Case(bert.build(), args, kwargs, shapes, ({"batch": 1, "seq": 1}, {"batch": 3, "seq": 61}))
-
-
-CASES: dict[str, Callable[[pytest.MonkeyPatch], Case]] = {
-    "mlp": lambda patch: _registered("mlp", {"batch": 1}, {"batch": 37}),
-    "digits": lambda patch: _registered("digits", {"batch": 1}, {"batch": 37}),
-    "resnet18": lambda patch: _registered("resnet18", {"batch": 1}, large=True),
-    "resnet50": _resnet50_in_small,
-    "mobilenet_v3": _mobilenet_in_small,
-    "unet": _unet_in_small,
-    "vit": _vit_in_small,
-    "bert": _bert_in_small,
-    "gpt2_tiny": lambda patch: _registered("gpt2_tiny", {"batch": 1, "seq": 1}, {"batch": 3, "seq": 67}),
-    "llama_tiny": lambda patch: _registered("llama_tiny", {"batch": 1, "seq": 1}, {"batch": 3, "seq": 67}),
-    "bytelm": lambda patch: _registered("bytelm", {"batch": 1, "seq": 1}, {"batch": 2, "seq": 131}),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_all_passes_against_none_and_eager(name, monkeypatch, isolate, tmp_path):
-    case = CASES[name](monkeypatch)
+@pytest.mark.parametrize("name", NAMES)
+def test_all_passes_against_none_and_eager(name, small_model, isolate, tmp_path):
+    case = small_model(name)
     fused = capture("main", case.module, case.args, case.kwargs, case.shapes)
     plain = reference_of(fused)
     PassManager(pipeline(fusion_roles())).run(fused)
@@ -124,7 +47,7 @@ def test_all_passes_against_none_and_eager(name, monkeypatch, isolate, tmp_path)
     exact = copy.deepcopy(case.module).double()
     runs = []
     for sizes in ({}, *case.sizes):
-        inputs = [_resized(tensor, sizes, case.shapes[key]) for key, tensor in _named(case).items()]
+        inputs = case.inputs(sizes)
         with torch.no_grad():
             expected = _leaves(exact(*[_double(tensor) for tensor in inputs]))
         runs.append((sizes, [tensor.numpy() for tensor in inputs], [tensor.numpy() for tensor in expected]))
@@ -182,25 +105,6 @@ def test_bytelm_has_the_perplexity_of_eager_to_four_digits(compiled):
     expected, got = bytelm.perplexity(eager, rows), bytelm.perplexity(model, rows)
     assert f"{got:.4g}" == f"{expected:.4g}"
     assert got == pytest.approx(expected, rel=1e-5)
-
-
-def _named(case: Case) -> dict[str, torch.Tensor]:
-    return dict(
-        zip(case.shapes, [*case.args, *(case.kwargs[name] for name in case.shapes if name in case.kwargs)], strict=True)
-    )
-
-
-def _resized(tensor: torch.Tensor, sizes: Mapping[str, int], dims: str) -> torch.Tensor:
-    """The tensor repeated and cut along its named axes, and shuffled so that no two rows are alike."""
-    for axis, dim in enumerate(dims.split(",")):
-        if (size := sizes.get(dim.partition(":")[0])) is not None:
-            repeats = [1] * tensor.ndim
-            repeats[axis] = -(-size // tensor.shape[axis])
-            tensor = tensor.repeat(repeats).narrow(axis, 0, size)
-    if sizes and tensor.numel():
-        order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(1))
-        tensor = tensor.reshape(-1)[order].reshape(tensor.shape)
-    return tensor.contiguous()
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:

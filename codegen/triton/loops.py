@@ -1,11 +1,11 @@
 """Loop and row kernels in Triton: any region that is an index function of its operands.
 
-What is stored decides the form (see :mod:`.loop_forms`):
+Where reductions stand decides the form:
 
-- *pointwise*: the result, in storage order, is one axis that is cut into blocks. Reductions over windows, and other
-  short ones, are loops with blocks of accumulators;
-- *rows*: blocks of rows by columns, where a reduction runs along the columns. Axes of the result that the reduction
-  does not depend on (softmax, the norms) are stored along the columns, too.
+- *pointwise* (:mod:`.loop_pointwise`): the result, in storage order, is one axis that is cut into blocks. Reductions
+  over windows, and other short ones, are loops with blocks of accumulators;
+- *rows* (:mod:`.loop_rows`): blocks of rows by columns, where a reduction runs along the columns. Axes of the result
+  that the reduction does not depend on (softmax, the norms) are stored along the columns, too.
 
 One kernel has one reduction that runs along rows, however often it occurs; any other inside it is a loop.
 """
@@ -22,7 +22,9 @@ from ..iteration import Axis, Make, flops
 from ..regions import Made, Task, loop_region
 from ..values import Kernel
 from .frame import FAULT, Arguments, Extra, index_type, kernel_code
-from .loop_forms import Body, Space, pointwise, rows
+from .loop_pointwise import pointwise
+from .loop_rows import rows
+from .loop_space import Body, Space
 
 SHORT = 8  # most values of a reduction that is a loop however its operands lie
 WINDOW = 64  # most values of a reduction that is a loop where neighbours in the block read neighbours in memory

@@ -39,6 +39,7 @@ from tilewright.codegen.triton.loops import loop_family
 from tilewright.codegen.triton.pool import Pool
 from tilewright.compiler.capture import capture
 from tilewright.passes.graph.program import Program
+from tilewright.passes.graph.regions import is_region
 from tilewright.passes.manager import PassManager
 from tilewright.passes.pipeline import pipeline
 from tilewright.runtime import sizes
@@ -204,6 +205,8 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
 def lowered(interpret: Interpret, isolate: Any):
     """``lowered(module, args, shapes)``: the module as Triton kernels, each operator on its own, or after the passes.
 
+    ``images`` is the layout of all results that have four axes.
+
     ::
 
         model = lowered(module, (x,), ({0: Dim("n", max=64)},), passes=True)
@@ -218,12 +221,16 @@ def lowered(interpret: Interpret, isolate: Any):
         *,
         passes: bool = False,
         families: Mapping[str, Family] | None = None,
+        images: str = "rows",
     ) -> Lowered:
         program = capture("main", module.eval(), args, {}, shapes)
         if passes:
             PassManager(pipeline(fusion_roles("cuda"), "cuda")).run(program)
         else:
             isolate(program)
+        for node in program.graph.nodes if images != "rows" else ():
+            if is_region(node, "kernel") and isinstance(node.meta["val"], torch.Tensor) and node.meta["val"].ndim == 4:
+                node.meta["layouts"] = [images]
         return Lowered(program, families or {"loop": loop_family}, interpret)
 
     return run

@@ -115,6 +115,28 @@ def test_windows_inside_a_norm(agrees):
     agrees(lambda x: F.adaptive_avg_pool2d(x, (3, 4)), [(torch.randn(2, 4, 9, 11),)])
 
 
+def test_transposes_are_tiled(agrees):
+    inputs = [(torch.randn(b, s, 40),) for b, s in ((3, 70), (1, 1), (2, 33))]
+    model = agrees(lambda x: x.transpose(1, 2) * 2 + 1, inputs, ({0: BATCH, 1: SEQ},), tiles=3)
+    assert "YBLOCK" in source(model)
+    inputs = [(torch.randn(2, 9, 12, 3, 10), torch.randn(2, 10, 3, 12))]
+    model = agrees(lambda x, y: x[:, 1:].permute(0, 1, 4, 3, 2) + y[:, None], inputs, tiles=3)
+    assert "YBLOCK" in source(model)
+
+
+@pytest.mark.parametrize("channels", [3, 20])
+def test_images_with_channels_last(lowered, channels):
+    """Written in one layout and read in the other, normalised, reduced over space and over channels."""
+    torch.manual_seed(SEED)
+    module = module_of(lambda x: (F.group_norm(x * 2, 1), (x * 3).mean((2, 3)), (x * 4).sum(1), torch.softmax(x, 1)))
+    model = lowered(module, (torch.randn(2, channels, 9, 11),), ({0: BATCH},), images="channels_last")
+    assert any(buffer.layout == "channels_last" for buffer in model.plan.buffers)
+    for batch in (1, 3):
+        x = torch.randn(batch, channels, 9, 11)
+        for want, have in zip(module(x), model(x), strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-5, msg=f"seed {SEED}")
+
+
 def test_a_scalar_and_nothing(agrees):
     agrees(lambda x: (x.sum(), x.mean(0)), [(torch.randn(4, 3),)])
     agrees(
@@ -196,6 +218,7 @@ KERNELS = {
     "layer norm": (lambda x, w, b: F.layer_norm(x, (768,), w, b), [(3, 768), (768,), (768,)], ({0: BATCH}, None, None)),
     "gelu": (lambda x, w: F.gelu(x + w) * 2, [(3, 768), (768,)], ({0: BATCH}, None)),
     "max pool": (lambda x: F.max_pool2d(x, 3, 2, 1), [(3, 64, 28, 28)], ({0: BATCH},)),
+    "transpose": (lambda x: x.transpose(1, 2) * 2, [(3, 70, 40)], ({0: BATCH},)),
     "mean": (lambda x: x.mean(1), [(3, 512, 96)], ({0: BATCH},)),
     "argmax": (lambda x: x.argmax(-1), [(3, 1000)], ({0: BATCH},)),
 }

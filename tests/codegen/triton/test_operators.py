@@ -55,10 +55,11 @@ def test_at_several_sizes(name, lowered):
     assert model.faults == 0
 
 
-@pytest.mark.parametrize("channels", [16, 21])
-def test_windows(channels, lowered):
+@pytest.mark.parametrize(("channels", "images"), [(16, "rows"), (21, "rows"), (21, "channels_last")])
+def test_windows(channels, images, lowered):
     torch.manual_seed(SEED)
     module = OPERATORS.Windows()
-    model = lowered(module, (torch.randn(2, channels, 14, 13),), ({0: BATCH},))
+    model = lowered(module, (torch.randn(2, channels, 14, 13),), ({0: BATCH},), images=images)
+    assert any(buffer.layout == "channels_last" for buffer in model.plan.buffers) == (images == "channels_last")
     for batch in (1, 3):
         check(model, module, (torch.randn(batch, channels, 14, 13),), 1e-5)

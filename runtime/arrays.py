@@ -127,30 +127,48 @@ def output_arrays(
         UsageError: an unknown name or the wrong number of arrays; one that shares memory with another.
         ShapeError: an array that does not have exactly the output's dtype and shape, or cannot be written in place.
     """
-    if isinstance(out, Mapping):
-        names = [port.name for port in ports]
-        if unknown := [name for name in out if name not in names]:
-            raise UsageError(f"out: there is no output {unknown[0]!r}; the outputs are {', '.join(names)}")
-        given = [out.get(name) for name in names]
-    else:
-        given = list(out) if isinstance(out, list | tuple) else [out]
-        if len(given) != len(ports):
-            raise UsageError(f"out: the model has {len(ports)} outputs, got {len(given)} arrays")
     arrays: list[np.ndarray | None] = []
     taken = list(inputs)
-    for value, port, shape in zip(given, ports, shapes, strict=True):
+    for value, port, shape in zip(given_outputs(out, ports), ports, shapes, strict=True):
         if value is None:
             arrays.append(None)
             continue
-        array = _out_array(value, port, shape)
+        array = out_array(value, port, shape)
         if any(np.may_share_memory(array, other) for other in taken):
-            raise UsageError(f"out: the array for output {port.name!r} shares memory with an input or another output")
+            raise shared_output(port)
         taken.append(array)
         arrays.append(array)
     return arrays
 
 
-def _out_array(value: Any, port: Port, shape: tuple[int, ...]) -> np.ndarray:
+def given_outputs(out: Any, ports: Sequence[Port]) -> list[Any]:
+    """What the caller gives for each output, None where nothing.
+
+    Raises:
+        UsageError: an unknown name or the wrong number.
+    """
+    if isinstance(out, Mapping):
+        names = [port.name for port in ports]
+        if unknown := [name for name in out if name not in names]:
+            raise UsageError(f"out: there is no output {unknown[0]!r}; the outputs are {', '.join(names)}")
+        return [out.get(name) for name in names]
+    given = list(out) if isinstance(out, list | tuple) else [out]
+    if len(given) != len(ports):
+        raise UsageError(f"out: the model has {len(ports)} outputs, got {len(given)} arrays")
+    return given
+
+
+def shared_output(port: Port) -> UsageError:
+    """The error for an output whose memory is that of something else."""
+    return UsageError(f"out: the array for output {port.name!r} shares memory with an input or another output")
+
+
+def out_array(value: Any, port: Port, shape: tuple[int, ...]) -> np.ndarray:
+    """The caller's array in host memory for an output.
+
+    Raises:
+        ShapeError: it has not exactly the output's dtype and shape, or cannot be written in place.
+    """
     if isinstance(value, np.ndarray):
         array = value
     elif hasattr(value, "__dlpack__"):

@@ -59,6 +59,10 @@ class Device(ABC, Generic[W]):
         A call takes a workspace, resets the entry point's states if the source is ``fresh``, runs and gives it back.
         """
 
+    def synchronize(self) -> None:
+        """Wait for calls that returned before they were done, and raise what they met; here, there are none."""
+        return
+
     @abstractmethod
     def close(self) -> None:
         """Free everything, workspaces that still exist included; no call is running, and none starts after."""

@@ -13,12 +13,14 @@ import numpy as np
 
 from .dtypes import numpy_dtype
 
-_ON_HOST = {1: "CPU", 3: "pinned host memory"}
-_DEVICES = {2: "a CUDA device", 4: "an OpenCL device", 7: "a Vulkan device", 8: "a Metal device", 10: "a ROCm device"}
-_KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+ON_HOST = {1: "CPU", 3: "pinned host memory"}
+DEVICES = {2: "a CUDA device", 4: "an OpenCL device", 7: "a Vulkan device", 8: "a Metal device", 10: "a ROCm device"}
+KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 
 
-class _DLTensor(ctypes.Structure):
+class DLTensor(ctypes.Structure):
+    """``DLTensor``."""
+
     _fields_ = (
         ("data", ctypes.c_void_p),
         ("device_type", ctypes.c_int32),
@@ -33,9 +35,9 @@ class _DLTensor(ctypes.Structure):
     )
 
 
-_get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_get_pointer.restype = ctypes.c_void_p
-_get_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+get_pointer.restype = ctypes.c_void_p
+get_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
 def view(tensor: Any) -> np.ndarray:
@@ -45,15 +47,15 @@ def view(tensor: Any) -> np.ndarray:
         ValueError: not in host memory, of a dtype that numpy and ml_dtypes lack, or refused by its owner.
     """
     device, _ = tensor.__dlpack_device__()
-    if device not in _ON_HOST:
-        raise ValueError(f"it is on {_DEVICES.get(device, f'device type {device}')}; move it to the CPU first")
+    if device not in ON_HOST:
+        raise ValueError(f"it is on {DEVICES.get(device, f'device type {device}')}; move it to the CPU first")
     try:
         capsule = tensor.__dlpack__()
     except (BufferError, RuntimeError, TypeError) as error:
         raise ValueError(str(error)) from error
-    address = _get_pointer(capsule, b"dltensor")
-    header = _DLTensor.from_address(address)
-    dtype = _dtype(header)
+    address = get_pointer(capsule, b"dltensor")
+    header = DLTensor.from_address(address)
+    dtype = dtype_of(header)
     shape = tuple(header.shape[axis] for axis in range(header.ndim))
     count = 1
     for size in shape:
@@ -72,8 +74,13 @@ def view(tensor: Any) -> np.ndarray:
     return np.ndarray(shape, dtype, memory, -low, strides)
 
 
-def _dtype(header: _DLTensor) -> np.dtype[Any]:
-    kind, bits = _KINDS.get(header.code, f"code {header.code} "), header.bits
+def dtype_of(header: DLTensor) -> np.dtype[Any]:
+    """The numpy dtype of a tensor.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kind, bits = KINDS.get(header.code, f"code {header.code} "), header.bits
     if header.lanes == 1:
         if kind == "bfloat" and bits == 16:
             return numpy_dtype("bfloat16")

@@ -18,6 +18,10 @@ class InterpreterError(TilewrightError):
     """A GPU kernel failed in the interpreter, the interpreter itself ended, or Triton is not installed."""
 
 
+class DeviceError(TilewrightError):
+    """A GPU or its driver failed, or its memory is full; says what was being done and what memory is held by what."""
+
+
 class ShapeError(TilewrightError):
     """An input does not fit what was compiled: names the input, what was expected and what came."""
 

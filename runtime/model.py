@@ -111,6 +111,19 @@ class Model:
         """A caller of its own, whose state lasts from call to call."""
         return Session(self._device, self._pool, self._default.name)
 
+    def synchronize(self) -> None:
+        """Wait for calls that returned before they were done (those in a ``stream``), and raise what they met.
+
+        Raises:
+            InputError: an index in an input was out of range.
+            DeviceError: a kernel failed.
+        """
+        self._pool.enter()
+        try:
+            self._device.synchronize()
+        finally:
+            self._pool.leave()
+
     def close(self) -> None:
         """Wait for running calls, then free threads, memory and weights; later calls raise ``UsageError``."""
         with self._close:

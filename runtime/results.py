@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from . import sizes
 
-Arrays = Sequence[np.ndarray]
+Arrays = Sequence[Any]
 Builder = Callable[[Arrays, Mapping[str, int]], Any]
 
 
@@ -29,7 +27,7 @@ def _builder(tree: dict[str, Any], seen: set[int]) -> Builder:
     ((kind, value),) = tree.items()
     if kind == "output":
         if value in seen:
-            return lambda arrays, values: arrays[value].copy()
+            return lambda arrays, values: _copy(arrays[value])
         seen.add(value)
         return lambda arrays, values: arrays[value]
     if kind == "size":
@@ -43,3 +41,7 @@ def _builder(tree: dict[str, Any], seen: set[int]) -> Builder:
     parts = [_builder(part, seen) for part in value]
     make = tuple if kind == "tuple" else list
     return lambda arrays, values: make([build(arrays, values) for build in parts])
+
+
+def _copy(array: Any) -> Any:
+    return array.copy() if hasattr(array, "copy") else array.clone()

@@ -1,0 +1,279 @@
+"""Results that stay on the GPU: arrays which PyTorch, CuPy, JAX and others take without a copy."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .. import dlpack
+from ..dtypes import numpy_dtype
+from ..plan_check import nbytes
+from .driver import DriverError
+from .memory import Memory
+from .streams import LEGACY_DEFAULT, Stream
+from .tensors import CUDA
+
+_CODES = {"b": 6, "i": 0, "u": 1, "f": 2}  # of DLPack, by numpy's kind
+
+
+class ResultPool:
+    """Memory for results, allocated and freed in the order of streams and kept by the driver for the next ones.
+
+    Results are freed in the order of ``home``, a stream of the pool's own, as they may outlive the stream that wrote
+    them.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self._pool: Any = None
+        self.home = Stream(memory.context)
+        self._alive = 0
+        self._closing = False
+        self._then: Callable[[], Any] | None = None
+        self._lock = threading.RLock()
+        context = memory.context
+        if context.pools:
+            api = context.driver.api
+            properties = api.CUmemPoolProps()
+            properties.allocType = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+            properties.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+            properties.location.id = context.ordinal
+            keep = api.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+            with context as driver:
+                self._pool = driver("cuMemPoolCreate", properties)
+                try:
+                    driver("cuMemPoolSetAttribute", self._pool, keep, api.cuuint64_t(2**64 - 1))
+                except BaseException:
+                    self.close()
+                    raise
+
+    def allocate(self, count: int, stream: Stream) -> int:
+        """Memory that is there for what the stream does next.
+
+        Raises:
+            DeviceError: there is not enough.
+        """
+        if not count:
+            return 0
+        with self.memory.context as driver:
+            try:
+                if self._pool is None:
+                    address = int(driver("cuMemAlloc", count))
+                else:
+                    address = int(driver("cuMemAllocFromPoolAsync", count, self._pool, stream.handle))
+            except DriverError as error:
+                raise self.memory.exhausted(error, count, "a result") from None
+        self.memory.hold("results", count)
+        with self._lock:
+            self._alive += 1
+        return address
+
+    def free(self, address: int, count: int, readers: set[int] | None) -> None:
+        """Free memory once the given streams are done with it; None where they are not known."""
+        if not address:
+            return
+        self.memory.hold("results", -count)
+        context = self.memory.context
+
+        def give_back() -> None:
+            driver = context.driver
+            if readers is None or self._pool is None:
+                driver("cuCtxSynchronize")
+            else:
+                for reader in readers - {self.home.number}:
+                    _wait(driver, self.home.handle, driver.api.CUstream(reader))
+            if self._pool is None:
+                driver("cuMemFree", address)
+            else:
+                driver("cuMemFreeAsync", address, self.home.handle)
+
+        context.quietly(give_back)
+        with self._lock:
+            self._alive -= 1
+            self._finish()
+
+    def close(self, then: Callable[[], Any] | None = None) -> None:
+        """End the pool, and call a function, when no result is left."""
+        with self._lock:
+            self._then = then
+            self._closing = True
+            self._finish()
+
+    def _finish(self) -> None:
+        if not self._closing or self._alive:
+            return
+        if self._pool is not None:
+            pool, self._pool = self._pool, None
+            self.memory.context.quietly(lambda: self.memory.context.driver("cuMemPoolDestroy", pool))
+        self.home.close()
+        if self._then is not None:
+            then, self._then = self._then, None
+            then()
+
+
+class DeviceArray:
+    """A result in the memory of a GPU: ``torch.from_dlpack(result)``, ``cupy.asarray(result)``, ``result.numpy()``.
+
+    It belongs to the caller, also after the model is closed.
+
+    Attributes:
+        shape: the sizes.
+        dtype: the numpy dtype (for bfloat16, that of ml_dtypes).
+        nbytes: bytes.
+    """
+
+    def __init__(self, pool: ResultPool, stream: Stream, name: str, shape: tuple[int, ...]) -> None:
+        """Allocate memory for what a stream is about to write.
+
+        Args:
+            pool: of the model.
+            stream: that writes it. If it is not a caller's, what it does is done before the caller gets the array.
+            name: of the dtype.
+            shape: the sizes.
+        """
+        self.shape = shape
+        self.dtype = numpy_dtype(name)
+        self.nbytes = nbytes(name, shape)
+        self._name = name
+        self._pool = pool
+        self._context = pool.memory.context
+        self._stream = pool.home if stream.ours else stream
+        self._readers: set[int] | None = {self._stream.number}
+        self.address = 0
+        self.address = pool.allocate(self.nbytes, stream)
+
+    def numpy(self) -> np.ndarray:
+        """A copy in host memory, when the stream that writes it is done."""
+        array = np.empty(self.shape, self.dtype)
+        with self._context as driver:
+            if self.nbytes:
+                driver("cuMemcpyDtoHAsync", array.ctypes.data, self.address, self.nbytes, self._stream.handle)
+            driver("cuStreamSynchronize", self._stream.handle)
+        return array
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("an array in a GPU's memory cannot be viewed from the host without a copy")
+        return self.numpy() if dtype is None else self.numpy().astype(dtype)
+
+    def copy(self) -> DeviceArray:
+        """Another array with the same content."""
+        other = DeviceArray(self._pool, self._stream, self._name, self.shape)
+        if self.nbytes:
+            with self._context as driver:
+                driver("cuMemcpyDtoDAsync", other.address, self.address, self.nbytes, self._stream.handle)
+                if self._stream.ours:
+                    driver("cuStreamSynchronize", self._stream.handle)
+        return other
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return CUDA, self._context.ordinal
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """Export, for work in the given stream, which waits for the one that writes the array."""
+        if dl_device is not None and tuple(dl_device) != self.__dlpack_device__() or copy:
+            raise BufferError("this array is exported where it lies, without a copy")
+        reader = LEGACY_DEFAULT if stream is None else stream
+        if reader == -1:
+            self._readers = None  # who takes it synchronises by other means
+        else:
+            if self._readers is not None:
+                self._readers.add(reader)
+            if reader != self._stream.number:
+                with self._context as driver:
+                    _wait(driver, driver.api.CUstream(reader), self._stream.handle)
+        return _capsule(self)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        if self._name == "bfloat16":
+            raise AttributeError("the CUDA array interface has no bfloat16; use DLPack")
+        self._readers = None
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.address, False),
+            "strides": None,
+            "stream": self._stream.number,
+            "version": 3,
+        }
+
+    def __del__(self) -> None:
+        if self.address:
+            address, self.address = self.address, 0
+            self._pool.free(address, self.nbytes, self._readers)
+
+    def __repr__(self) -> str:
+        return f"<{self._name}[{', '.join(map(str, self.shape))}] on {self._context.name}>"
+
+
+def _wait(driver: Any, waiting: Any, done: Any) -> None:
+    """Make a stream wait for what another one has been given so far."""
+    event = driver("cuEventCreate", driver.api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+    try:
+        driver("cuEventRecord", event, done)
+        driver("cuStreamWaitEvent", waiting, event, 0)
+    finally:
+        driver("cuEventDestroy", event)
+
+
+class _Managed(ctypes.Structure):
+    """``DLManagedTensor``."""
+
+    _fields_ = (("tensor", dlpack.DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
+
+
+_exported: dict[int, tuple[Any, ...]] = {}  # by address of the managed tensor: what it needs
+_lock = threading.Lock()
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def _delete(address: int) -> None:
+    with _lock:
+        kept = _exported.pop(address, None)
+    del kept  # outside of the lock: freeing the array calls the driver
+
+
+_api = ctypes.pythonapi
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", _api)
+)
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", _api))
+_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_GetPointer", _api))
+_NAME = b"dltensor"
+
+
+@ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
+def _capsule_ends(capsule: int) -> None:
+    if _is_valid(capsule, _NAME):  # nobody took the tensor: who does renames the capsule
+        _delete(_pointer(capsule, _NAME))
+
+
+def _capsule(array: DeviceArray) -> Any:
+    rank = len(array.shape)
+    shape = (ctypes.c_int64 * max(rank, 1))(*array.shape)
+    steps, strides = 1, (ctypes.c_int64 * max(rank, 1))()
+    for axis in reversed(range(rank)):
+        strides[axis] = steps
+        steps *= array.shape[axis]
+    managed = _Managed(deleter=ctypes.cast(_delete, ctypes.c_void_p))
+    tensor = managed.tensor
+    tensor.data, tensor.device_type, tensor.device_id = array.address, CUDA, array.__dlpack_device__()[1]
+    tensor.ndim, tensor.bits, tensor.lanes = rank, array.dtype.itemsize * 8, 1
+    tensor.code = 4 if array.dtype == numpy_dtype("bfloat16") else _CODES[array.dtype.kind]
+    tensor.shape, tensor.strides = shape, strides
+    address = ctypes.addressof(managed)
+    with _lock:
+        _exported[address] = (managed, shape, strides, array)
+    return _new_capsule(address, _NAME, ctypes.cast(_capsule_ends, ctypes.c_void_p).value)

@@ -1,7 +1,7 @@
 """How matrix products cut their work: the binaries of each kernel, the default one first.
 
-Blocks of operands take ``(BLOCK_M + BLOCK_N) * BLOCK_K * bytes * stages`` of shared memory. Defaults stay below 99 KB,
-so that they run on every architecture; blocks follow the extents, as what reaches over an edge is computed in vain.
+Blocks of operands take ``(BLOCK_M + BLOCK_N) * BLOCK_K * bytes * stages`` of shared memory. What every
+architecture gets stays below 99 KB, which each of them has. Blocks follow the extents: what reaches over an edge is computed in vain.
 """
 
 from __future__ import annotations
@@ -106,13 +106,13 @@ def matmul_tiles(extents: Extents, *, few: bool) -> tuple[Tile, ...]:
         values = tuple(TileConstant(key, value) for key, value in constants.items())
         found.setdefault(name, Tile(name, values, block.warps, block.stages, guard, block.architectures))
 
+    for block in [_fitted(block, extents) for block in persistent]:  # first: where costs are equal, they are faster
+        for architecture in block.architectures:
+            add(_Block(*_sizes(block), (architecture,)), programs=_PROGRAMS[architecture])
     for block in blocks:
         add(block)
     if split:
         add(first, split)
-    for block in [_fitted(block, extents) for block in persistent]:
-        for architecture in block.architectures:
-            add(_Block(*_sizes(block), (architecture,)), programs=_PROGRAMS[architecture])
     return tuple(found.values())
 
 

@@ -90,7 +90,9 @@ class Lowered:
             return array.view(ml_dtypes.bfloat16) if item.dtype == "bfloat16" else array
         port = (self.lowered.outputs if ref.kind == "output" else self.lowered.buffers)[ref.index]
         shape = [sizes.evaluate(extent, symbols) for extent in port.shape]
-        return np.full(shape, np.nan, ml_dtypes.bfloat16 if port.dtype == "bfloat16" else port.dtype)
+        array = np.empty(shape, ml_dtypes.bfloat16 if port.dtype == "bfloat16" else port.dtype)
+        array.reshape(-1).view(np.uint8)[:] = 255  # NaN: what is not written shows
+        return array
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -1,0 +1,149 @@
+"""Float32 programs are computed in half precision; what that would spoil stays float32."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from tilewright.passes.narrow_floats import NarrowFloats
+from tilewright.passes.verify import TOLERANCES, error_of
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.project = nn.Linear(16, 48)
+        self.output = nn.Linear(16, 16)
+
+    def forward(self, x):
+        rows = self.project(self.norm(x)).view(x.shape[0], x.shape[1], 3, 2, 8).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(*rows, is_causal=True).transpose(1, 2).flatten(2)
+        return x + self.output(mixed), x
+
+
+@pytest.fixture
+def program(exported):
+    torch.manual_seed(0)
+    return exported(Attention(), torch.randn(2, 5, 16), dynamic_shapes={"x": {0: torch.export.Dim("batch", max=16)}})
+
+
+def dtypes(program, *names):
+    """The dtypes of the operators of these names, in graph order."""
+    found = []
+    for node in program.graph.nodes:
+        if node.op == "call_function" and any(
+            f".{name}." in f".{str(node.target).removeprefix('aten.')}." for name in names
+        ):
+            found.append(node.meta["val"].dtype)
+    return found
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_golden(program, run_pass, show, golden, dtype):
+    report = run_pass(NarrowFloats(dtype), program, tolerance=TOLERANCES[dtype])
+    assert len(report.changes) == 1
+    if dtype == torch.float16:
+        golden(show(program))
+
+
+def test_results_keep_their_dtype(program, run_pass):
+    run_pass(NarrowFloats(torch.float16), program, tolerance=1e-2)
+    assert [value.dtype for value in program.run(program.sample)] == [torch.float32, torch.float32]
+    assert set(dtypes(program, "linear", "layer_norm", "scaled_dot_product_attention")) == {torch.float16}
+
+
+class Rotary(nn.Module):
+    """Angles of positions, as they are computed where lengths vary."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("frequencies", 10000.0 ** (-torch.arange(0, 8).float() / 8))
+
+    def forward(self, x, positions):
+        angles = positions[:, :, None].float() @ self.frequencies[None, None, :]
+        return x * angles.cos() + x.flip(-1) * angles.sin()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_positions_are_not_lost(exported, run_pass, dtype):
+    x, positions = torch.randn(1, 4, 8), torch.tensor([[4001, 4002, 30001, 30002]])
+    module = Rotary()
+    program = exported(module, x, positions)
+    run_pass(NarrowFloats(dtype), program, tolerance=TOLERANCES[dtype])
+    assert set(dtypes(program, "matmul", "cos", "sin")) == {torch.float32}
+    assert set(dtypes(program, "mul.Tensor", "flip")) == {dtype}
+    assert error_of(module(x, positions), program.run((x, positions))[0]) <= TOLERANCES[dtype]
+
+
+class Masked(nn.Module):
+    """A mask of the most negative number: where it hides all keys, they count alike."""
+
+    def forward(self, scores, mask):
+        hidden = (1.0 - mask.float()) * torch.finfo(torch.float32).min
+        return (scores * 2 + hidden[:, None, :]).softmax(-1) @ scores
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_masks_keep_their_meaning(exported, run_pass, dtype):
+    scores = torch.randn(2, 6, 6)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+    program = exported(Masked(), scores, mask)
+    run_pass(NarrowFloats(dtype), program, tolerance=TOLERANCES[dtype])
+    assert dtypes(program, "softmax") == [torch.float32]
+    assert dtypes(program, "matmul") == [dtype]
+
+
+def test_an_attention_mask_stays_float32(exported, run_pass):
+    class Attend(nn.Module):
+        def forward(self, q, mask):
+            hidden = (1.0 - mask.float()) * torch.finfo(torch.float32).min
+            return functional.scaled_dot_product_attention(q, q, q, attn_mask=hidden[:, None, None, :])
+
+    program = exported(Attend(), torch.randn(2, 2, 5, 8), torch.tensor([[1, 1, 1, 1, 0], [0, 0, 0, 0, 0]]))
+    run_pass(NarrowFloats(torch.float16), program, tolerance=1e-2)
+    assert dtypes(program, "scaled_dot_product_attention") == [torch.float16]
+
+
+def test_statistics_of_batch_norms_stay_float32(exported, run_pass):
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    module[1].running_var.fill_(1e6)
+    program = exported(module, torch.randn(1, 3, 8, 8))
+    run_pass(NarrowFloats(torch.float16), program, tolerance=1e-2)
+
+
+def test_what_a_model_converts_itself_stays_float32(exported, run_pass):
+    class Islands(nn.Module):
+        def forward(self, x):
+            return (x.float() * 1.5 + 1).to(torch.bfloat16) + x
+
+    program = exported(Islands(), torch.randn(3, 5).bfloat16())
+    assert not run_pass(NarrowFloats(torch.bfloat16), program).changed
+    run_pass(NarrowFloats(torch.float16), program, tolerance=4e-2)
+    assert dtypes(program, "mul.Tensor") == [torch.float32]
+
+
+def test_integers_and_float64_are_left_alone(exported, run_pass):
+    class Mixed(nn.Module):
+        def forward(self, x, i):
+            return (x.double() * 3).sum(-1), i * 2, (x * 2 > 1), x.argmax(-1), torch.arange(5) + i
+
+    x = torch.tensor([[1.0, -2.0, 0.5, 4.0, 3.0]])
+    program = exported(Mixed(), x, torch.arange(5))
+    before = program.run(program.sample)
+    run_pass(NarrowFloats(torch.float16), program)
+    after = program.run(program.sample)
+    assert [value.dtype for value in after] == [value.dtype for value in before]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_model_without_float32_stays_as_it_is(exported, run_pass):
+    program = exported(nn.Linear(4, 4).half(), torch.randn(2, 4).half())
+    assert not run_pass(NarrowFloats(torch.float16), program).changed
+
+
+def test_takes_half_types_only():
+    with pytest.raises(ValueError, match="no half precision"):
+        NarrowFloats(torch.float32)

@@ -18,6 +18,7 @@ import io
 import json
 import linecache
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -35,6 +36,8 @@ METADATA = (
     "profile_scratch_size",
     "profile_scratch_align",
 )
+REGISTERS = 65536  # of a multiprocessor, on every architecture there is
+MOST_REGISTERS = 255  # of a thread
 FOLDER = "kernels/triton"  # of the sources in an artifact, and in messages
 
 _loaded: dict[str, tuple[str, types.ModuleType]] = {}
@@ -59,15 +62,19 @@ def load(name: str, text: str) -> types.ModuleType:
 def compile_kernel(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to one request; see the module's docstring."""
     stage = "source"
-    output = io.StringIO()
     try:
         kernel = getattr(load(request["name"], request["text"]), request["name"])
         problem = _argument_problem(kernel.arg_names, request["signature"], request["constants"])
         if problem:
             return {"error": problem, "stage": stage}
         stage = "triton"
-        with contextlib.redirect_stdout(output):
-            compiled = _compile(kernel, request)
+        compiled, log = _compile_logged(kernel, request)
+        if _spills(log):
+            # ptxas spills a little where more programs then fit on a multiprocessor, unless it is told a limit.
+            limit = min(MOST_REGISTERS, REGISTERS // (32 * request["warps"]))
+            other, other_log = _compile_logged(kernel, request, maxnreg=limit)
+            if not _spills(other_log):
+                compiled, log = other, other_log
     except Exception as error:
         if type(error).__name__ == "PTXASError":
             return {"error": str(error).partition("Repro command:")[0].strip(), "stage": "ptxas"}
@@ -75,7 +82,7 @@ def compile_kernel(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "cubin": base64.b64encode(compiled.asm["cubin"]).decode(),
         "ptx": compiled.asm["ptx"],
-        "log": output.getvalue(),
+        "log": log,
         "metadata": {name: getattr(compiled.metadata, name) for name in METADATA},
     }
 
@@ -90,7 +97,19 @@ def _argument_problem(names: list[str], signature: list[str], constants: dict[st
     )
 
 
-def _compile(kernel: Any, request: dict[str, Any]) -> Any:
+def _compile_logged(kernel: Any, request: dict[str, Any], **options: int) -> tuple[Any, str]:
+    """The compiled kernel, and what ptxas said, which Triton prints."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        compiled = _compile(kernel, request, options)
+    return compiled, output.getvalue()
+
+
+def _spills(log: str) -> bool:
+    return re.search(r"[1-9]\d* bytes spill", log) is not None
+
+
+def _compile(kernel: Any, request: dict[str, Any], more: dict[str, int]) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -103,6 +122,7 @@ def _compile(kernel: Any, request: dict[str, Any]) -> Any:
         "num_warps": request["warps"],
         "num_stages": request["stages"],
         "enable_fp_fusion": True,  # its default differs between versions
+        **more,
     }
     source = ASTSource(kernel, types_of, values, aligned)
     return triton.compile(source, target=GPUTarget("cuda", request["capability"], 32), options=options)

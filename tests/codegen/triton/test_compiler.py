@@ -1,10 +1,12 @@
 """Compiling ahead of time: what comes out, what is refused and why, that bytes repeat, and that the cache serves."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,6 +166,27 @@ def test_spills_are_refused(workers):
     kernel = KernelSource("greedy", "row", GREEDY, (tile(BLOCK=16384, warps=1),), ("*fp32", "*fp32"))
     message = failure(kernel, workers)
     assert "no tile can be used on sm_80" in message and "16384: spills registers (" in message
+
+
+@pytest.mark.parametrize(("second", "kept"), [(0, "without"), (4, "first")])
+def test_spills_that_ptxas_chose_are_taken_back(monkeypatch, second, kept):
+    """ptxas spills for the sake of occupancy; told the number of registers that there are, it need not."""
+    specification = importlib.util.spec_from_file_location("worker", pool.SCRIPT)
+    worker = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(worker)
+
+    def compile_fake(kernel, request, options):
+        assert options in ({}, {"maxnreg": 128 if request["warps"] == 16 else 255})
+        print(f"0 bytes stack frame, {second if options else 8} bytes spill stores, 0 bytes spill loads")
+        name = "without" if options else "first"
+        facts = dict.fromkeys(worker.METADATA, name)
+        return SimpleNamespace(asm={"cubin": b"", "ptx": name}, metadata=SimpleNamespace(**facts))
+
+    monkeypatch.setattr(worker, "_compile", compile_fake)
+    monkeypatch.setattr(worker, "load", lambda name, text: SimpleNamespace(pointwise=SimpleNamespace(arg_names=["B"])))
+    for warps in (1, 8, 16):
+        answer = worker.compile_kernel(Job(pointwise(signature=()), tile(B=1, warps=warps), SM80).request())
+        assert answer["ptx"] == kept and f" {second if kept == 'without' else 8} bytes spill stores" in answer["log"]
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ class _Product:
     def _tiles(self, pixels: int, most: int, count: int) -> tuple[Tile, ...]:
         g = self.found.geometry
         channels = g.channels // g.groups
-        runs, run = (g.taps, channels) if self.direct else (1, g.depth)
+        runs, run = (g.taps, channels) if self.direct else (0, g.depth)
         unit = self.task.precision if self.found.dtype == "float32" else "half"
         shape = Shape(pixels, most, g.outputs // g.groups, g.groups, runs, run, ITEM_BYTES[self.found.dtype], unit)
         return product_tiles(shape, count)

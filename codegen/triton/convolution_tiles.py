@@ -48,7 +48,7 @@ class Shape:
         most: pixels that the kernel may meet.
         outputs: channels of a group.
         groups: of channels.
-        runs: runs of terms that are read together: the taps, or 1 where terms are looked up one by one.
+        runs: runs of terms that are read together: the taps; 0 where terms are looked up one by one.
         run: terms of each.
         item: bytes of an operand's element.
         unit: what multiplies: ``"half"``, ``"tf32"`` or ``"ieee"``.
@@ -62,6 +62,10 @@ class Shape:
     run: int
     item: int
     unit: str
+
+    def steps(self, k: int) -> int:
+        """Steps of so many terms."""
+        return max(self.runs, 1) * -(-self.run // k)
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,10 @@ def product_tiles(shape: Shape, count: int) -> tuple[Tile, ...]:
 
 def _cuts(shape: Shape) -> Iterable[_Cut]:
     k = _block_k(shape)
-    steps = shape.runs * -(-shape.run // k)
+    steps = shape.steps(k)
     for m, n, warps, stages in _EXACT if shape.unit == "ieee" else _TENSOR:
+        if shape.runs == 0 and m >= 128:
+            warps = 8  # looking elements up takes registers
         if (m >= 2 * shape.most and m > 16) or (n >= 2 * shape.outputs and n > 16):
             continue  # mostly filling
         if (m + n) * k * shape.item * stages > SHARED_MEMORY:
@@ -130,8 +136,10 @@ def _block_k(shape: Shape) -> int:
 def _cycles(cut: _Cut, shape: Shape) -> float:
     """About how long a tile's kernel takes."""
     programs = cut.count(shape, shape.pixels) * cut.split
-    steps = -(-shape.runs * -(-shape.run // cut.k) // cut.split)
+    steps = -(-shape.steps(cut.k) // cut.split)
     multiply = cut.m * cut.n * cut.k / PRODUCTS[shape.unit]
+    if shape.unit == "ieee":
+        multiply *= 1 + 2 / (cut.m * cut.n / (32 * cut.warps)) ** 0.5  # operands from shared memory
     read = (cut.m + cut.n) * cut.k * shape.item / CACHE
     resident = max(
         1, min(RESIDENT // (cut.m * cut.n * 2), 227 * 1024 // ((cut.m + cut.n) * cut.k * shape.item * cut.stages))
@@ -146,6 +154,8 @@ def _cycles(cut: _Cut, shape: Shape) -> float:
 def depthwise_tiles(channels: int, taps: int) -> tuple[Tile, ...]:
     """The binaries of ``depthwise.py.jinja``."""
     n = next((size for size in (16, 32, 64) if channels <= size), 64)
-    elements = 2048 if taps <= 25 else 1024
+    elements = 2048 if taps <= 9 else 1024
     shapes = ((elements // n, n), (elements // n // 2, n), (elements // n // 2, min(2 * n, 128)))
-    return tuple(tile(f"{m}x{n}w4", 4, 1, BLOCK_M=m, BLOCK_N=n) for m, n in dict.fromkeys(shapes) if n < 2 * channels)
+    return tuple(
+        tile(f"{m}x{n}w4", 4, 1, BLOCK_M=m, BLOCK_N=n) for m, n in dict.fromkeys(shapes) if n < 2 * channels or n == 16
+    )

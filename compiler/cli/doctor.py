@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 HELP = """Show what Tilewright finds on this machine, and what is wrong with it.
 
-Versions, C compilers, the targets that fit the processor, threads, the kernel cache and every environment variable that
-Tilewright reads. Needs no PyTorch. With --build, a small library is also compiled with each compiler and loaded.
+Versions, C compilers, the targets that fit the processor, GPUs and their driver, threads, the kernel cache and every
+environment variable that Tilewright reads. Needs no PyTorch. With --build, a small library is also compiled with each
+compiler and loaded.
 
 \b
 Examples:
@@ -54,6 +55,19 @@ def _show(found: dict[str, Any], problems: list[Finding]) -> None:
     heading("Targets (--target)")
     rows = [(item["name"], _fits(item), " ".join(item["missing"])) for item in found["targets"]]
     table(("target", "", "this processor lacks"), rows, "lll")
+    heading("GPUs")
+    gpus = found["gpus"]
+    if gpus["error"] is not None:
+        click.echo(f"none can be used: {gpus['error']}")
+    else:
+        click.echo(f"NVIDIA's driver supports CUDA {gpus['driver']}")
+    if gpus["devices"]:
+        rows = [
+            (item["device"], item["name"], item["capability"], show_bytes(item["memory"]), item["target"] or "none")
+            for item in gpus["devices"]
+        ]
+        table(("device", "name", "capability", "memory", "target"), rows, "lllrl")
+    click.echo(f"targets, which need no GPU to compile for: {', '.join(gpus['targets'])}")
     heading("C compilers (the first is used)")
     rows = [(item["kind"], item["version"], item["command"], item.get("build", "")) for item in found["compilers"]]
     table(("kind", "version", "command", "build"), rows, "llll")

@@ -26,6 +26,8 @@ from ...codegen.c.toolchain import (
 )
 from ...codegen.cache import user_cache
 from ...runtime import cpu
+from ...runtime.cuda.driver import open_driver
+from ...runtime.cuda.probe import gpus_present
 from ...runtime.environment import CACHE, VARIABLES
 from ...runtime.errors import TilewrightError
 from ...runtime.threads import cpu_quota, default_threads
@@ -63,6 +65,7 @@ def examine(build: bool = False) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}, {library}",
         "packages": list(_packages()),
         "targets": _targets(),
+        "gpus": _gpus(),
         **_compilers(build),
         "threads": {
             "default": default_threads(), "processors": os.cpu_count(), "allowed": len(os.sched_getaffinity(0)),
@@ -94,6 +97,10 @@ def problems_of(found: dict[str, Any]) -> list[Finding]:
         elif not package["fits"]:
             what = f"{package['name']} {package['version']} is outside of {package['needs']}"
             problems.append(Finding(what, f"pip install '{package['name']}{package['needs']}'"))
+    for gpu in found["gpus"]["devices"]:
+        if gpu["target"] is None:
+            what = f"{gpu['device']} ({gpu['name']}) has compute capability {gpu['capability']}, and no target fits it"
+            problems.append(Finding(what, "artifacts with PTX (compile --ptx) may run on it"))
     if found["compiler_error"] is not None:
         problems.append(Finding(found["compiler_error"], f"only compiling needs one: {HOW_TO_GET_ONE}"))
     for index, compiler in enumerate(found["compilers"]):
@@ -151,6 +158,27 @@ def _targets() -> list[dict[str, Any]]:
         }
         for target in targets.known()
     ]  # fmt: skip
+
+
+def _gpus() -> dict[str, Any]:
+    """The driver's version, the GPUs and their targets; or why there are none."""
+    found: dict[str, Any] = {"driver": None, "error": None, "devices": []}
+    try:
+        version = open_driver()("cuDriverGetVersion")
+        found["driver"] = f"{version // 1000}.{version % 1000 // 10}"
+        present = gpus_present()
+    except TilewrightError as error:
+        present = []
+        found["error"] = str(error)
+    for number, gpu in enumerate(present):
+        fitting = [target for target in targets.known_gpus() if target.architecture.runs_on(gpu.major, gpu.minor)]
+        found["devices"].append(
+            {
+                "device": f"cuda:{number}", "name": gpu.name, "capability": gpu.capability, "memory": gpu.memory,
+                "target": fitting[-1].name if fitting else None,
+            }
+        )  # fmt: skip
+    return found | {"targets": [target.name for target in targets.known_gpus()]}
 
 
 def _compilers(build: bool) -> dict[str, Any]:

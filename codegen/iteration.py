@@ -43,7 +43,7 @@ def merge(
     while position >= 0:
         outer, inner = axes[position], axes[position + 1]
         accesses = [offset for node in walk(builder, roots) for offset in offsets(node)] + list(stores)
-        if outer.extent == 1 or all(walks_as_one(builder.free_size, access, outer, inner) for access in accesses):
+        if outer.extent == 1 or all(walks_as_one(access, outer, inner) for access in accesses):
             roots = [builder.rewrite(root, {outer.variable: 0}) for root in roots]
             stores = [sizes.substitute(store, {outer.variable: 0}) for store in stores]
             extent = sizes.mul(outer.extent, inner.extent)
@@ -53,13 +53,10 @@ def merge(
     return axes, roots, stores
 
 
-def walks_as_one(free_size: Callable[[Size], frozenset[str]], access: Size, outer: Axis, inner: Axis) -> bool:
+def walks_as_one(access: Size, outer: Axis, inner: Axis) -> bool:
     """Whether an access steps from the end of the inner axis to the next of the outer as within the inner axis."""
-    names = free_size(access)
-    if outer.variable not in names and inner.variable not in names:
-        return True
-    if (names - sizes.symbols_of(access)) & {outer.variable, inner.variable}:
-        return False
+    if not {outer.variable, inner.variable} & sizes.symbols_of(access):
+        return True  # or through a loaded index, which is an access of its own
     step, stride = coefficient(access, inner.variable), coefficient(access, outer.variable)
     return step is not None and stride is not None and sizes.sub(stride, sizes.mul(step, inner.extent)) == 0
 
@@ -118,7 +115,7 @@ def merge_loops(
     while position >= 0:
         outer, inner = Axis(*loops[position]), Axis(*loops[position + 1])
         accesses = [offset for node in walk(builder, roots) for offset in offsets(node)] + list(stores)
-        if outer.extent == 1 or all(walks_as_one(builder.free_size, access, outer, inner) for access in accesses):
+        if outer.extent == 1 or all(walks_as_one(access, outer, inner) for access in accesses):
             extent = sizes.mul(outer.extent, inner.extent)
             merged = (*loops[:position], (inner.variable, extent), *loops[position + 2 :])
             known: dict[Expr, Expr] = {}

@@ -78,8 +78,8 @@ def _tiled(space: Space, axes: Sequence[Axis], read: Axis, roots: list[Expr], st
         scope.store(output.parameter.name, store, root)
     tiles_x, tiles_y = sizes.ceildiv(read.extent, "XBLOCK"), sizes.ceildiv(written.extent, "YBLOCK")
     lines = [
-        f"tiles_y = {dialect.size(tiles_y)}",
-        f"tiles_x = {dialect.size(tiles_x)}",
+        f"tiles_y = tl.cdiv({dialect.size(written.extent)}, YBLOCK)",
+        f"tiles_x = tl.cdiv({dialect.size(read.extent)}, XBLOCK)",
         f"pid = {program(wide)}",
         "x = pid // tiles_y % tiles_x * XBLOCK + tl.arange(0, XBLOCK)[:, None]",
         f"in_x = x < {dialect.size(read.extent)}",

@@ -16,10 +16,10 @@ from ..expr import Expr, Load, Loops, Reduce, coefficient, walk
 from ..iteration import Axis, merge, merge_loops
 from . import dialect
 from .emit import Row, Scope, Var
-from .loop_space import Body, Space, indented, power, program, take_apart, tile
+from .loop_space import Body, Space, flat_index, indented, power, program, take_apart, tile
 
 WHOLE_ROW = 8192  # longest row that is one block
-NARROW_ROW = 64  # longest row that is one block where neighbours in memory are neighbouring rows
+NARROW_ROW = 1024  # longest row that is one block where neighbours in memory are neighbouring rows
 LEAST_ROW = 16  # fewest columns of a block that holds a row
 
 
@@ -58,7 +58,8 @@ def rows(space: Space, loops: Loops, wide: bool) -> Body:
     if whole:
         full = length == max(power(space.most(length)), LEAST_ROW)
         variables |= row.bind("r", "" if full else "in_r")
-    scope = Scope(space.kernel, variables, space.dtypes(), row=row, wide=wide)
+    aliases = {flat_index(cut.across): "x"} if cut.across else {}
+    scope = Scope(space.kernel, variables, space.dtypes(), row=row, wide=wide, aliases=aliases)
     stored = [
         (output.parameter.name, store, root)
         for output, root, store in zip(space.outputs, cut.roots, cut.stores, strict=True)
@@ -156,12 +157,12 @@ def _walks(cut: _Rows) -> tuple[bool, bool]:
 def _row_tiles(space: Space, length: Size, most: int, count: int, whole: bool, strided: bool) -> list[Tile]:
     """Tiles by the longest row, the largest number of rows, and how they lie."""
     if strided:
-        columns = max(power(most), LEAST_ROW) if whole else 32
-        wide = min(64, max(power(count), 8))
-        tiles = [tile(4, XBLOCK=wide, RBLOCK=columns)]
-        if wide > 16:
-            tiles.append(tile(4, XBLOCK=16, RBLOCK=columns if whole else 64))
-        return tiles
+        columns = max(power(most), LEAST_ROW) if whole else 128
+        tiles = []
+        for elements in (2048, 4096):
+            x = min(max(elements // columns, 8), 64, power(count))
+            tiles.append(tile(min(8, max(4, x * columns // 1024)), XBLOCK=x, RBLOCK=columns))
+        return list(dict.fromkeys(tiles))
     if not whole:
         return [tile(8, XBLOCK=1, RBLOCK=2048), tile(16, XBLOCK=1, RBLOCK=4096)]
     columns = max(power(most), LEAST_ROW)

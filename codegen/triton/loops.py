@@ -27,7 +27,7 @@ from .loop_rows import rows
 from .loop_space import Body, Space
 
 SHORT = 8  # most values of a reduction that is a loop however its operands lie
-WINDOW = 64  # most values of a reduction that is a loop where neighbours in the block read neighbours in memory
+WINDOW = 32  # most values of a reduction that is a loop where neighbours in the block read neighbours in memory
 STEP = 4  # elements between what neighbours read, at most, in such a reduction
 
 

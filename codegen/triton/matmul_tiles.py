@@ -1,7 +1,7 @@
 """How matrix products cut their work: the binaries of each kernel, the default one first.
 
-Blocks of operands take ``(BLOCK_M + BLOCK_N) * BLOCK_K * bytes * stages`` of shared memory. What every
-architecture gets stays below 99 KB, which each of them has. Blocks follow the extents: what reaches over an edge is computed in vain.
+Blocks of operands take ``(BLOCK_M + BLOCK_N) * BLOCK_K * bytes * stages`` of shared memory; those for every
+architecture stay below 99 KB, which all have. Blocks follow the extents: what reaches over an edge is computed in vain.
 """
 
 from __future__ import annotations

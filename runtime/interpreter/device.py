@@ -75,7 +75,7 @@ class InterpreterDevice(Device[InterpreterWorkspace]):
 
 
 class Kernels:
-    """What a table of binaries says of kernels; without one, all tiles are there and sizes have 64 bits."""
+    """What a table of binaries says of kernels; without one, all tiles are there and sizes have the bits they need."""
 
     def __init__(self, table: binaries.Binaries | None) -> None:
         self._table = table
@@ -85,10 +85,11 @@ class Kernels:
         present = self._table.by_name[variant.kernel].tiles if self._table else None
         return tiles.allowed(variant, values, present)[0]
 
-    def size_type(self, kernel: str) -> str:
+    def size_type(self, item: Launch) -> str:
         """The type of a kernel's sizes."""
-        last = self._table.by_name[kernel].parameters[-1] if self._table else "i64"
-        return last if last in binaries.INTEGERS else "i64"
+        if self._table is None or not item.sizes:
+            return "i32" if max(item.sizes, default=0) < 2**31 else "i64"
+        return self._table.by_name[item.kernel].parameters[-1]
 
 
 class InterpreterEntry(Entry[InterpreterWorkspace]):
@@ -174,5 +175,5 @@ class InterpreterEntry(Entry[InterpreterWorkspace]):
             sizes=item.sizes,
             constants=item.tile.values(),
             grid=item.grid,
-            size_type=self._kernels.size_type(item.kernel),
+            size_type=self._kernels.size_type(item),
         )

@@ -1,7 +1,8 @@
 """Changes to Triton's interpreter (3.6 to 3.9), made once in the worker.
 
 - It patches ``triton.language`` at every launch and every call of a function, a millisecond each: here once.
-- It builds types and shapes anew for every value, half of the time that an operation takes: here once for each shape.
+- It builds types and shapes anew for every value, half of the time that an operation takes: here once for each shape,
+  and ``quick`` passes by most of the checks.
 - It computes bfloat16 on the raw bits and truncates where a GPU rounds to the nearest: here with ml_dtypes.
 - It reduces and scans with a custom function element by element: here whole slices at a time.
 - In Triton 3.6 it rounds a fused multiply-add twice.
@@ -21,6 +22,8 @@ from ml_dtypes import bfloat16
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, ReduceOps, ScanOps, TensorHandle
+
+from . import quick
 
 BFLOAT16 = np.dtype(bfloat16)
 
@@ -60,8 +63,10 @@ class Bounds:
 def apply() -> Bounds:
     """Change the interpreter of this process; returns what says where kernels may read and write."""
     bounds = Bounds()
+    np.seterr(all="ignore")  # infinities and NaN are as silent as on a GPU
     _patch_language_once()
     _keep_types()
+    quick.apply()
     _check_accesses(bounds)
     _compute_bfloat16()
     _compare_to_bool()
@@ -90,7 +95,7 @@ def _keep_types() -> None:
     def block_type(self: Any, element_ty: tl.dtype, shape: Any) -> None:
         key = (element_ty.name, *[size if isinstance(size, int) else size.value for size in shape])
         if key not in types:
-            plain(self, element_ty, shape)
+            plain(self, element_ty, list(shape))
             sizes = [tl.constexpr(size) for size in self.shape]
             self.tw_shape, self.tw_numel = type(self.shape)(sizes), tl.constexpr(self.numel)
             types[key] = dict(vars(self))

@@ -44,6 +44,30 @@ def test_bfloat16_arithmetic_is_not_on_the_bits(interpret):
     assert least[0] == x.min()
 
 
+def test_operands_of_several_types_are_converted_as_on_a_device(interpret):
+    source = HEAD + (
+        "def k(y, n, B: tl.constexpr):\n"
+        "    i = tl.arange(0, B)\n"
+        "    f = i.to(tl.float32)\n"
+        "    tl.store(y + 0 * B + i, i + 0.5)\n"
+        "    tl.store(y + 1 * B + i, 7 - f)\n"
+        "    tl.store(y + 2 * B + i, i.to(tl.int64) * f)\n"
+        "    tl.store(y + 3 * B + i, f.to(tl.float16) + f)\n"
+        "    tl.store(y + 4 * B + i, i / 4)\n"
+        "    tl.store(y + 5 * B + i, (f > 2) & (i != 5))\n"
+        "    tl.store(y + 6 * B + i, tl.where((2 <= f) | (i == 0), f, -f))\n"
+        "    tl.store(y + 7 * B + i, (n - i) * B)\n"
+        "    tl.static_assert((i + 0.5).dtype == tl.float32)\n"
+        "    tl.static_assert((n * i).dtype == tl.int64)\n"
+        "    tl.static_assert((f.to(tl.float16) * 2.5).dtype == tl.float16)\n"
+        "    tl.static_assert((i < f).dtype == tl.int1)\n"
+    )
+    y = interpret(source, "k", [np.zeros((8, 8), np.float32)], [9], {"B": 8})[0]
+    i = np.arange(8)
+    expected = [i + 0.5, 7 - i, i * i, i + i, i / 4, (i > 2) & (i != 5), np.where((i >= 2) | (i == 0), i, -i)]
+    np.testing.assert_array_equal(y, [*expected, (9 - i) * 8])
+
+
 def test_integers_and_bools(interpret):
     source = HEAD + (
         "def k(flags, big, small, y, n, BLOCK: tl.constexpr):\n"

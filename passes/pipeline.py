@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .align_layouts import AlignLayouts
 from .base import Pass
 from .canonicalize import Canonicalize
@@ -14,6 +16,7 @@ from .fold_transposes import FoldTransposes
 from .fuse_operators import FuseOperators
 from .fuse_projections import FuseProjections
 from .graph.roles import Roles
+from .narrow_floats import NarrowFloats
 from .recognise_attention import RecogniseAttention
 from .recognise_gelu import RecogniseGelu
 from .recognise_layer_norm import RecogniseLayerNorm
@@ -33,6 +36,7 @@ def pipeline(roles: Roles, device: str = "cpu", precision: str = "auto") -> list
         precision: what to compute in (``--precision``).
     """
     wide = device == "cpu" or precision == "fp32"
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
     return [
         # Before anything looks at dtypes: no CPU kernel computes in half precision yet. GPU kernels do.
         *([WidenFloats()] if wide else []),
@@ -67,6 +71,8 @@ def pipeline(roles: Roles, device: str = "cpu", precision: str = "auto") -> list
         # Recognising and joining leave views of views, and the same mask or slice once per layer.
         Canonicalize(),
         EliminateCommonSubexpressions(),
+        # Weights are rounded once, after all that changes them and before they are outlined.
+        *([NarrowFloats(half)] if half is not None else []),
         # All arithmetic on weights is written: compute small results, make regions of large ones.
         FoldConstants(),
         EliminateDeadCode(),

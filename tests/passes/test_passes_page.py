@@ -11,7 +11,24 @@ from tilewright.passes.graph.roles import Roles
 from tilewright.passes.pipeline import pipeline
 
 PAGE = (Path(__file__).parents[2] / "docs" / "passes.md").read_text()
-PASSES = {one.name: one for one in pipeline(Roles())}  # each once, where it runs first
+
+
+def merged():
+    """Each pass of any pipeline once, where it runs first; what only some have comes after its predecessor there."""
+    found = {one.name: one for one in pipeline(Roles())}
+    for device, precision in (("cuda", "auto"), ("cuda", "bf16")):
+        names = list(found)
+        before = None
+        for one in pipeline(Roles(), device, precision):
+            if one.name not in found:
+                names.insert(names.index(before) + 1 if before else 0, one.name)
+                found[one.name] = one
+            before = one.name if before is None or names.index(one.name) > names.index(before) else before
+        found = {name: found[name] for name in names}
+    return found
+
+
+PASSES = merged()
 
 
 def test_sections_follow_the_pipeline():

@@ -124,9 +124,8 @@ def matvec_tiles(extents: Extents, rows: int) -> tuple[Tile, ...]:
     width = 4 if extents.dtype == "float32" else 8
     k = extents.most(extents.k)
     warps = 4 if k >= 1024 // 8 * width * 2 else 2 if k >= 512 // 8 * width else 1
-    columns = [4, 2, 8] if extents.most(extents.n) >= 2048 else [2, 1, 4]
-    if rows > 2:
-        columns = [number for number in columns if number <= 4]
+    many = extents.most(extents.n) >= 2048
+    columns = [4, 8 if rows <= 2 else 2] if many else [2, 1]
     return tuple(
         Tile(
             f"{rows}x{number}x{warps * 32 * width}w{warps}",

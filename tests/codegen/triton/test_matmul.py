@@ -292,6 +292,36 @@ def test_rows_vary(product, dtype):
     assert list(kinds.values()) == expected
 
 
+def test_rows_of_two_axes_vary(product):
+    """Rows are taken apart again for a residual that is broadcast."""
+    module = Spelled(lambda x, w, r: functional.linear(x, w) + r)
+    batch, length = torch.export.Dim("batch", min=1, max=20), torch.export.Dim("length", min=1, max=100)
+    weight = random(24, 40, seed=1)
+    kernel = product(
+        module, random(3, 5, 40), weight, random(5, 24), shapes=(({0: batch, 1: length}, None, {0: length}),)
+    )  # fmt: skip
+    for b, t in ((1, 1), (2, 3), (1, 9), (3, 50)):
+        inputs = random(b, t, 40, seed=b), weight, random(t, 24, seed=t)
+        check(kernel(*inputs), module, *inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_columns_and_terms_vary(product, dtype):
+    """As in attention that is written out: the number of keys is that of columns, then that of terms."""
+    length = torch.export.Dim("length", min=1, max=300)
+    scores = Spelled(lambda q, k: q @ k.mT)
+    q, k = random(2, 5, 24, dtype=dtype), random(2, 7, 24, dtype=dtype, seed=1)
+    for_scores = product(scores, q, k, shapes=((None, {1: length}),))
+    values = Spelled(lambda p, v: p @ v)
+    p, v = random(2, 5, 7, dtype=dtype), random(2, 7, 24, dtype=dtype, seed=2)
+    for_values = product(values, p, v, shapes=(({2: length}, {1: length}),))
+    for keys in (1, 33, 130):
+        k, v = (random(2, keys, 24, dtype=dtype, seed=keys + i) for i in range(2))
+        check(for_scores(q, k), scores, q, k)
+        p = random(2, 5, keys, dtype=dtype)
+        check(for_values(p, v), values, p, v)
+
+
 @DTYPES
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(product, dtype):
     module, sample = Linear(200, 64, dtype), random(30, 200, dtype=dtype)

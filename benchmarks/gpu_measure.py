@@ -121,15 +121,15 @@ def template(name: str, dtype: str) -> dict[str, Any]:
 
 
 class Many(nn.Module):
-    """One operator on many sets of operands, stacked along the first axis."""
+    """One operator on many sets of operands, given one set after the other; one kernel serves them all."""
 
-    def __init__(self, count: int, operator: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, operands: int, operator: Callable[..., torch.Tensor]) -> None:
         super().__init__()
-        self.count, self.operator = count, operator
+        self.operands, self.operator = operands, operator
 
-    def forward(self, *stacked: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, *given: torch.Tensor) -> list[torch.Tensor]:
         """The results, one by one."""
-        return [self.operator(*(operand[number] for operand in stacked)) for number in range(self.count)]
+        return [self.operator(*given[at : at + self.operands]) for at in range(0, len(given), self.operands)]
 
 
 def side_by_side(operator: Callable[..., torch.Tensor], shapes: list[tuple[int, ...]], dtype: str) -> dict[str, float]:
@@ -137,8 +137,8 @@ def side_by_side(operator: Callable[..., torch.Tensor], shapes: list[tuple[int, 
     kind = getattr(torch, dtype)
     size = sum(torch.Size(shape).numel() for shape in shapes) * kind.itemsize
     count = int(min(16, max(2, CACHE_BYTES // size + 1)))
-    operands = tuple(torch.randn(count, *shape, device="cuda", dtype=kind) for shape in shapes)
-    module = Many(count, operator).eval()
+    operands = tuple(torch.randn(shape, device="cuda", dtype=kind) for _ in range(count) for shape in shapes)
+    module = Many(len(shapes), operator).eval()
     with tempfile.TemporaryDirectory() as folder:
         model = compiled(module, tuple(x.cpu() for x in operands), folder)
         ours = microseconds(lambda: model(*operands)) / count

@@ -11,13 +11,11 @@ Weights are packed with the terms of one output channel in a row of whole 16 byt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import isqrt
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ...runtime import sizes
-from ...runtime.plan import Tile
 from ...runtime.plan_check import ITEM_BYTES
 from ...runtime.sizes import Size
 from ..expr import Load
@@ -36,7 +34,7 @@ from ..regions import Frame, Made, Task
 from ..storage import Packing, Storage
 from . import dialect
 from .anchors import Anchored
-from .convolution_tiles import Shape, depthwise_tiles, product_tiles
+from .convolution_tiles import Choice, Shape, depthwise_tiles, product_tiles
 from .emit import Var, merge_shapes
 from .frame import COUNTERS as COUNTERS_STORAGE
 from .frame import Extra
@@ -60,8 +58,8 @@ def convolution_family(task: Task) -> Sequence[Made]:
         return [_depthwise(task, found, packed)]
     direct = last and not g.turned and g.channels // g.groups >= LEAST_RUN and max(g.kernel) <= _MOST_TAPS
     order = "ohwi" if last or g.taps == 1 else "oihw"
-    build = _Product(task, found, task.packed(found.source, _packing(g, order, found.dtype)), order, direct)
-    return build.made()
+    packed = task.packed(found.source, _packing(g, order, found.dtype))
+    return [_Product(task, found, packed, order, direct).made()]
 
 
 def _packing(g: Geometry, order: str, dtype: str) -> Packing:
@@ -210,37 +208,24 @@ class _Product:
     order: str
     direct: bool
 
-    def made(self) -> Sequence[Made]:
-        """One kernel, or one for few pixels and one for many where they are best cut differently."""
-        pixels = _Work.of(self.task, self.found, self.packed).pixels
-        least, most = sizes.bounds(pixels, self.task.symbols.ranges)
-        if least == most:
-            return [self._build(self._tiles(most, most, 3), most)]
-        least = max(least, 1)
-        middle = isqrt(least * most)
-        few, many = self._tiles(isqrt(least * middle), middle, 2), self._tiles(isqrt(middle * most), most, 2)
-        if few == many:
-            return [self._build(many, most)]
-        return [self._build(few, middle, sizes.compare("le", pixels, middle)), self._build(many, most)]
-
-    def _tiles(self, pixels: int, most: int, count: int) -> tuple[Tile, ...]:
-        g = self.found.geometry
-        channels = g.channels // g.groups
-        runs, run = (g.taps, channels) if self.direct else (0, g.depth)
-        unit = self.task.precision if self.found.dtype == "float32" else "half"
-        shape = Shape(pixels, most, g.outputs // g.groups, g.groups, runs, run, ITEM_BYTES[self.found.dtype], unit)
-        return product_tiles(shape, count)
-
-    def _build(self, tiles: tuple[Tile, ...], most: int, guard: Size = 1) -> Made:
+    def made(self) -> Made:
+        """The kernel with its tiles."""
         found, g = self.found, self.found.geometry
         here = _Work.of(self.task, found, self.packed)
         outputs = g.outputs // g.groups
         columns = sizes.mul(sizes.ceildiv(outputs, "BLOCK_N"), g.groups)
         count = sizes.mul(sizes.ceildiv(here.pixels, "BLOCK_M"), columns)
+        choices = self._choices(here.pixels)
+        tiles = [
+            choice.tile
+            if choice.most >= sizes.bounds(here.pixels, self.task.symbols.ranges)[1]
+            else replace(choice.tile, guard=sizes.compare("le", here.pixels, choice.most))
+            for choice in choices
+        ]
         split = any(tile.values()["SPLIT_K"] > 1 for tile in tiles)
         extras: tuple[Extra, ...] = ()
         if split:
-            length = self._partials(tiles, here.pixels, columns, most)
+            length = _partials(choices, here.pixels, columns)
             extras = (
                 Extra("partials", Storage("buffer", (length,), "float32", name="partials")),
                 Extra("counters", COUNTERS_STORAGE),
@@ -270,7 +255,7 @@ class _Product:
             tiles=tiles,
             extras=extras,
             sizes_used=(*here.sizes_used(), *(extra.storage.shape[0] for extra in extras)),
-            guard=guard,
+            guard=1,
             IC=g.channels // g.groups,
             OG=outputs,
             groups=g.groups,
@@ -281,16 +266,13 @@ class _Product:
             **context,
         )
 
-    def _partials(self, tiles: tuple[Tile, ...], pixels: Size, columns: Size, most: int) -> Size:
-        """Elements that the partial sums of at most so many pixels take; what more pixels ask for is never used."""
-        lengths = []
-        for values in (tile.values() for tile in tiles):
-            if values["SPLIT_K"] > 1:
-                m, n = values["BLOCK_M"], values["BLOCK_N"]
-                across = sizes.substitute(columns, {"BLOCK_N": n})
-                for count in (pixels, most):
-                    lengths.append(sizes.mul(sizes.ceildiv(count, m), across, values["SPLIT_K"] * m * n))
-        return sizes.minimum(sizes.maximum(*lengths[::2]), sizes.maximum(*lengths[1::2]))
+    def _choices(self, pixels: Size) -> tuple[Choice, ...]:
+        g = self.found.geometry
+        least, most = sizes.bounds(pixels, self.task.symbols.ranges)
+        runs, run = (g.taps, g.channels // g.groups) if self.direct else (0, g.depth)
+        unit = self.task.precision if self.found.dtype == "float32" else "half"
+        shape = Shape(most, g.outputs // g.groups, g.groups, runs, run, ITEM_BYTES[self.found.dtype], unit)
+        return product_tiles(shape, least)
 
     def _gather(self, here: _Work, ragged: bool) -> dict[str, str]:
         """The holes that look a block of the input up."""
@@ -314,6 +296,20 @@ class _Product:
             if reaches:
                 inside = merge_shapes(inside, variables[name].shape)
         return {"lookup": "\n".join(lines), "load_x": here.load(variables, "ic", inside, "a", self.found.dtype)}
+
+
+def _partials(choices: Sequence[Choice], pixels: Size, columns: Size) -> Size:
+    """Elements that the partial sums of all tiles that split take, at the sizes that they are used at."""
+    lengths = []
+    for choice in choices:
+        values = choice.tile.values()
+        if values["SPLIT_K"] > 1:
+            m, n = values["BLOCK_M"], values["BLOCK_N"]
+            count = sizes.mul(
+                sizes.ceildiv(sizes.minimum(pixels, choice.most), m), sizes.substitute(columns, {"BLOCK_N": n})
+            )
+            lengths.append(sizes.mul(count, values["SPLIT_K"] * m * n))
+    return sizes.maximum(*lengths)
 
 
 def _block(size: Size, name: str) -> str:

@@ -8,9 +8,9 @@ cache.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ...runtime.plan import COUNTERS, Tile, TileConstant
+from ...runtime.plan import Tile, TileConstant
 
 PROCESSORS = 132
 RESIDENT = 512 * 128  # elements of accumulators that the registers of one processor hold
@@ -23,6 +23,8 @@ PRODUCTS = {"half": 2048, "tf32": 1024, "ieee": 128}  # multiply-adds of a proce
 
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 _LEAST_STEPS = 4  # of a program that takes part of the terms
+_MOST_SPLIT = 4 * PROCESSORS  # tiles of a result whose terms are split
+_FIXED = 3  # tiles of a kernel for one number of pixels
 # (pixels, channels, warps, stages)
 _TENSOR = (
     (128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4), (128, 32, 4, 3), (64, 32, 4, 4), (32, 64, 4, 4),
@@ -45,7 +47,6 @@ class Shape:
 
     Attributes:
         pixels: of all results.
-        most: pixels that the kernel may meet.
         outputs: channels of a group.
         groups: of channels.
         runs: runs of terms that are read together: the taps; 0 where terms are looked up one by one.
@@ -55,7 +56,6 @@ class Shape:
     """
 
     pixels: int
-    most: int
     outputs: int
     groups: int
     runs: int
@@ -83,16 +83,23 @@ class _Cut:
         name = f"{self.m}x{self.n}x{self.k}" + (f"p{self.split}" if self.split > 1 else "")
         return tile(f"{name}w{self.warps}s{self.stages}", self.warps, self.stages, **constants)
 
-    def count(self, shape: Shape, pixels: int) -> int:
+    def count(self, shape: Shape) -> int:
         """Tiles of the result."""
-        return -(-pixels // self.m) * -(-shape.outputs // self.n) * shape.groups
+        return -(-shape.pixels // self.m) * -(-shape.outputs // self.n) * shape.groups
 
-    def may_split(self, shape: Shape, steps: int) -> bool:
-        """Whether it is of use, and possible, to split so many steps."""
-        enough = steps >= self.split * _LEAST_STEPS
-        return (
-            enough and self.count(shape, shape.pixels) <= 2 * PROCESSORS and self.count(shape, shape.most) <= COUNTERS
-        )
+    def most(self, shape: Shape) -> int:
+        """The most pixels that the tile may be used for: partial sums are of use, and have room, for few only."""
+        if self.split == 1:
+            return 2**62
+        return _MOST_SPLIT // (-(-shape.outputs // self.n) * shape.groups) * self.m
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tile, and the most pixels that it may be used for."""
+
+    tile: Tile
+    most: int
 
 
 def tile(name: str, warps: int, stages: int, **constants: int) -> Tile:
@@ -100,14 +107,30 @@ def tile(name: str, warps: int, stages: int, **constants: int) -> Tile:
     return Tile(name, tuple(TileConstant(key, value) for key, value in constants.items()), warps, stages)
 
 
-def product_tiles(shape: Shape, count: int) -> tuple[Tile, ...]:
-    """The binaries of ``convolution.py.jinja`` or ``convolution_gathered.py.jinja`` at a size, the best one first."""
-    ordered = sorted(_cuts(shape), key=lambda cut: (_cycles(cut, shape), cut.tile.name))
-    chosen: list[_Cut] = []
-    for cut in ordered:
-        if all((cut.m, cut.n) != (other.m, other.n) for other in chosen):
-            chosen.append(cut)
-    return tuple(cut.tile for cut in chosen[:count])
+def product_tiles(shape: Shape, least: int) -> tuple[Choice, ...]:
+    """The binaries of ``convolution.py.jinja`` or ``convolution_gathered.py.jinja``, the default one first.
+
+    Args:
+        shape: at the most pixels that the kernel may meet.
+        least: the fewest pixels. Between both, a tile is chosen for every few times as many pixels.
+    """
+    if least == shape.pixels:
+        chosen: list[_Cut] = []
+        for cut in _ordered(shape):
+            if all((cut.m, cut.n) != (other.m, other.n) for other in chosen):
+                chosen.append(cut)
+        chosen = chosen[:_FIXED]
+    else:
+        least = max(least, 1)
+        ratio = shape.pixels / least
+        points = (least, least * ratio ** (1 / 3), least * ratio ** (2 / 3))
+        chosen = [_ordered(replace(shape, pixels=int(point)))[0] for point in (shape.pixels, *points)]
+    return tuple(Choice(cut.tile, cut.most(shape)) for cut in dict.fromkeys(chosen))
+
+
+def _ordered(shape: Shape) -> list[_Cut]:
+    """The best first."""
+    return sorted(_cuts(shape), key=lambda cut: (_cycles(cut, shape), cut.tile.name))
 
 
 def _cuts(shape: Shape) -> Iterable[_Cut]:
@@ -116,13 +139,13 @@ def _cuts(shape: Shape) -> Iterable[_Cut]:
     for m, n, warps, stages in _EXACT if shape.unit == "ieee" else _TENSOR:
         if shape.runs == 0 and m >= 128:
             warps = 8  # looking elements up takes registers
-        if (m >= 2 * shape.most and m > 16) or (n >= 2 * shape.outputs and n > 16):
+        if (m >= 2 * shape.pixels and m > 16) or (n >= 2 * shape.outputs and n > 16):
             continue  # mostly filling
         if (m + n) * k * shape.item * stages > SHARED_MEMORY:
             stages -= 1
         for split in _SPLITS:
             cut = _Cut(m, n, k, warps, stages, split)
-            if split == 1 or cut.may_split(shape, steps):
+            if split == 1 or (steps >= split * _LEAST_STEPS and shape.pixels <= cut.most(shape)):
                 yield cut
 
 
@@ -135,7 +158,7 @@ def _block_k(shape: Shape) -> int:
 
 def _cycles(cut: _Cut, shape: Shape) -> float:
     """About how long a tile's kernel takes."""
-    programs = cut.count(shape, shape.pixels) * cut.split
+    programs = cut.count(shape) * cut.split
     steps = -(-shape.steps(cut.k) // cut.split)
     multiply = cut.m * cut.n * cut.k / PRODUCTS[shape.unit]
     if shape.unit == "ieee":

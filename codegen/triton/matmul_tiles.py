@@ -121,15 +121,15 @@ def matvec_tiles(extents: Extents, rows: int) -> tuple[Tile, ...]:
 
     The terms of a step are 16 bytes for every thread; columns are few, so that there are programs for the whole GPU.
     """
-    width = 4 if extents.dtype == "float32" else 8
+    step = 32 * (4 if extents.dtype == "float32" else 8)  # terms that a warp loads at once
     k = extents.most(extents.k)
-    warps = 4 if k >= 1024 // 8 * width * 2 else 2 if k >= 512 // 8 * width else 1
+    warps = 4 if k >= 8 * step else 2 if k >= 2 * step else 1
     many = extents.most(extents.n) >= 2048
     columns = [4, 8 if rows <= 2 else 2] if many else [2, 1]
     return tuple(
         Tile(
-            f"{rows}x{number}x{warps * 32 * width}w{warps}",
-            (TileConstant("ROWS", rows), TileConstant("BLOCK_N", number), TileConstant("BLOCK_K", warps * 32 * width)),
+            f"{rows}x{number}x{warps * step}w{warps}",
+            (TileConstant("ROWS", rows), TileConstant("BLOCK_N", number), TileConstant("BLOCK_K", warps * step)),
             warps,
             1,
         )

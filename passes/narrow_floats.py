@@ -106,7 +106,9 @@ class _Narrowing:
         strong = any(self.wide[operand] for operand in kept) or self._has_large_number(node)
         strong = strong or self._is_asked_for(node)
         pure = all(operand in self.wide or operand in self.constants for operand in floats)
-        made = pure and not kept and (bool(floats) or not _has_tensors(operands)) and name != "arange"
+        others = [operand for operand in operands if _is_tensor(operand) and operand not in floats]
+        made = pure and not kept and (bool(floats) or not others) and name != "arange"
+        made = made and all(operand.op == "get_attr" for operand in others)  # integers that vary make a lookup vary
         if made and not strong:
             self.constants[node] = None
         elif name in _PRODUCTS and not (pure and kept and self._is_outer_product(node)):

@@ -72,6 +72,7 @@ def bench(
         kernels = profile_kernels(called, arrays, values, repeat)
         setting = {
             "entry": called.name,
+            "device": model.device,
             "target": model.target,
             "threads": model.threads,
             "sizes": values,
@@ -85,9 +86,8 @@ def bench(
 
 def _show(setting: dict[str, Any], latency: Latency, shown: list[KernelTime], kernels: list[KernelTime]) -> None:
     sizes = show_sizes(setting["sizes"]) or "all sizes fixed"
-    click.echo(
-        f"{setting['entry']} on {setting['target']}, {setting['threads']} threads, {sizes}; {latency.calls} calls"
-    )
+    where = f"{setting['threads']} threads" if setting["device"] == "cpu" else setting["device"]
+    click.echo(f"{setting['entry']} on {setting['target']}, {where}, {sizes}; {latency.calls} calls")
     note(f"inputs: {setting['inputs']}")
     heading("Latency of a call")
     columns = ("min", "p50", "p90", "p99", "calls/s")

@@ -66,9 +66,9 @@ def kernel_source(artifact: Artifact, name: str, target: str | None) -> dict[str
     listed: dict[str, tuple[str, str]] = {}  # kernel -> (target, path)
     for one in [target] if target is not None else folders:
         for record in artifact.manifest.files:
-            path = PurePosixPath(record.path)
-            if path.parent == folders[one] and path.suffix in (".c", ".py"):
-                listed.setdefault(path.stem, (one, record.path))
+            place = PurePosixPath(record.path)
+            if place.parent == folders[one] and place.suffix in (".c", ".py"):
+                listed.setdefault(place.stem, (one, record.path))
     if name not in listed:
         raise UsageError(f"there is no kernel {name!r}; there are {', '.join(sorted(listed)) or 'no sources'}")
     chosen, path = listed[name]
@@ -254,8 +254,8 @@ def _show_tiles(artifact: Artifact) -> None:
     table(columns, rows, "lllrrrr")
     if rejected := [item for item in tiles if item["rejected"]]:
         heading("Rejected tiles")
-        rows = [(item["kernel"], item["tile"], item["architecture"], item["rejected"]) for item in rejected]
-        table(("kernel", "tile", "architecture", "reason"), rows, "llll")
+        reasons = [(item["kernel"], item["tile"], item["architecture"], item["rejected"]) for item in rejected]
+        table(("kernel", "tile", "architecture", "reason"), reasons, "llll")
 
 
 def _show_memory(artifact: Artifact, values: Values, asked: Values | None) -> None:

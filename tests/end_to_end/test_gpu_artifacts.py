@@ -133,6 +133,22 @@ def test_half_precision_stays_half_on_the_gpu(tmp_path):
     assert artifact.manifest.info["verification"]["cuda"]["device_run"] in (True, False)
 
 
+@pytest.mark.parametrize(("precision", "stored"), [("bf16", "bfloat16"), ("fp16", "float16"), ("tf32", "float32")])
+def test_a_float32_model_in_a_coarser_precision(precision, stored, tmp_path):
+    module, ids = initialize(Rows(), 0).eval(), torch.arange(20).reshape(4, 5)
+    done = tilewright.compile(
+        module, (ids,), output=tmp_path / "m.tw", target="cuda:sm_80", precision=precision, verify="passes"
+    )
+    (error,) = done.errors
+    assert error.ok and error.tolerance == (4e-2 if precision == "bf16" else 1e-2)
+    with tilewright.load(tmp_path / "m.tw", device="interpreter") as model, torch.no_grad():
+        assert {constant.dtype for constant in model.entry("main").plan.constants} == {stored}
+        want, got = module(ids).numpy(), model(ids.numpy())
+        assert got.dtype == "float32" and abs(got - want).max() / abs(want).max() < error.tolerance
+    sources = "".join(path.read_text() for path in (tmp_path / "m.tw" / "kernels" / "triton").glob("matmul*.py"))
+    assert ('"tf32"' in sources) == (precision == "tf32")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_precisions_of_gpus_are_refused_where_a_cpu_is_meant_too(precision, tmp_path):
     with pytest.raises(UsageError, match=f"precision '{precision}' is for GPUs"):

@@ -147,3 +147,23 @@ def test_a_model_without_float32_stays_as_it_is(exported, run_pass):
 def test_takes_half_types_only():
     with pytest.raises(ValueError, match="no half precision"):
         NarrowFloats(torch.float32)
+
+
+class Lookup(nn.Module):
+    """Floats that come of integers alone: rows of tables, at the words given and at their places."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(9, 16), nn.Embedding(8, 16)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 4)
+
+    def forward(self, ids):
+        rows = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        return self.head(self.norm(rows)).relu()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_model_of_integers_is_narrowed(exported, run_pass, dtype):
+    program = exported(Lookup(), torch.tensor([[1, 5, 2]]), dynamic_shapes={"ids": {1: torch.export.Dim("n", max=8)}})
+    run_pass(NarrowFloats(dtype), program, tolerance=TOLERANCES[dtype])
+    assert set(dtypes(program, "embedding", "add", "layer_norm", "linear", "relu")) == {dtype}

@@ -78,6 +78,7 @@ class Gpu:
         bandwidth: of the memory, in bytes per second.
         memory: bytes in all.
         shared_limit: bytes of shared memory that one program may ask for.
+        cache: bytes of the second-level cache.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Gpu:
     bandwidth: float
     memory: int
     shared_limit: int
+    cache: int
 
     @property
     def capability(self) -> str:

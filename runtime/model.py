@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 from .artifact import Artifact, read_artifact
-from .device import AnyWorkspace, Device
+from .device import Device
 from .devices import check_request, open_device
 from .entry import Entry, StepTime, TensorSpec, TraceCallback
 from .errors import UsageError
-from .pool import WorkspacePool
+from .pool import OwnWorkspace, WorkspacePool
 
 
 def load(
@@ -144,21 +143,15 @@ class Model:
 class Session:
     """One caller with its own state; calls from several threads run one after the other."""
 
-    fresh = False
-
     def __init__(self, device: Device[Any], pool: WorkspacePool[Any], default: str) -> None:
         """Start from the initial state; :meth:`Model.session` does this."""
         pool.enter()  # the model stays open meanwhile
         try:
-            self._workspace = device.workspace()
+            self._own: OwnWorkspace[Any] = OwnWorkspace(device.workspace(), pool)
         finally:
             pool.leave()
-        self._pool = pool
-        self._entries = {name: device.entry(name, self) for name in device.plans}
+        self._entries = {name: device.entry(name, self._own) for name in device.plans}
         self._default = self._entries[default]
-        self._closed = False
-        self._lock = threading.Lock()
-        _SESSIONS.add(self)
 
     def __call__(self, *args: Any, out: Any = None, **kwargs: Any) -> Any:
         """Run the default entry point on the session's state; see :meth:`Entry.__call__`."""
@@ -184,9 +177,7 @@ class Session:
 
     def close(self) -> None:
         """Wait for a running call and free the session's memory; later calls raise ``UsageError``."""
-        with self._lock:
-            self._closed = True
-            self._workspace.close()
+        self._own.close()
 
     def __enter__(self) -> Session:
         return self
@@ -196,44 +187,12 @@ class Session:
 
     def reset(self) -> None:
         """Return to the initial state."""
-        workspace = self.take()
+        workspace = self._own.take()
         try:
             for name in self._entries:
                 workspace.reset(name)
         finally:
-            self.give(workspace)
-
-    def take(self) -> AnyWorkspace:
-        """The session's workspace, for one call at a time."""
-        self._lock.acquire()
-        try:
-            if self._closed:
-                raise UsageError("the session is closed")
-            self._pool.enter()
-        except BaseException:
-            self._lock.release()
-            raise
-        return self._workspace
-
-    def give(self, workspace: AnyWorkspace) -> None:
-        """Let the next call in."""
-        self._pool.leave()
-        self._lock.release()
-
-    def after_fork(self) -> None:
-        """In the child: a thread that held the lock is gone."""
-        self._lock = threading.Lock()
-
-
-_SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-def _restart_sessions() -> None:
-    for session in list(_SESSIONS):
-        session.after_fork()
-
-
-os.register_at_fork(after_in_child=_restart_sessions)
+            self._own.give(workspace)
 
 
 def _unknown_entry(name: str, known: Mapping[str, object]) -> UsageError:

@@ -6,11 +6,21 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from .errors import UsageError
 
 W = TypeVar("W")
+
+
+class Closable(Protocol):
+    """What can be let go of."""
+
+    def close(self) -> None:
+        """Let go of the memory."""
+
+
+C = TypeVar("C", bound=Closable)
 
 
 class WorkspacePool(Generic[W]):
@@ -100,7 +110,54 @@ class WorkspacePool(Generic[W]):
         self._closed = closed
 
 
-_POOLS: weakref.WeakSet[WorkspacePool[Any]] = weakref.WeakSet()
+class OwnWorkspace(Generic[C]):
+    """The workspace of a session: for one call at a time, its states as the last call left them.
+
+    It is apart from the session so that no cycle keeps a session that nobody has any more.
+    """
+
+    fresh = False
+
+    def __init__(self, workspace: C, pool: WorkspacePool[Any]) -> None:
+        self._workspace = workspace
+        self._pool = pool
+        self._closed = False
+        self._lock = threading.Lock()
+        _POOLS.add(self)
+
+    def take(self) -> C:
+        """The workspace; :meth:`give` it back.
+
+        Raises:
+            UsageError: the session or the model is closed.
+        """
+        self._lock.acquire()
+        try:
+            if self._closed:
+                raise UsageError("the session is closed")
+            self._pool.enter()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self._workspace
+
+    def give(self, workspace: C) -> None:
+        """Let the next call in."""
+        self._pool.leave()
+        self._lock.release()
+
+    def close(self) -> None:
+        """Wait for a running call and let go of the memory."""
+        with self._lock:
+            self._closed = True
+            self._workspace.close()
+
+    def after_fork(self) -> None:
+        """In the child: a thread that held the lock is gone."""
+        self._lock = threading.Lock()
+
+
+_POOLS: weakref.WeakSet[WorkspacePool[Any] | OwnWorkspace[Any]] = weakref.WeakSet()
 
 
 def _restart_pools() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import weakref
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,16 +13,16 @@ from .driver import Driver, DriverError, open_driver
 
 
 class Context:
-    """The primary context of a GPU, held as long as this object lives; ``with context:`` makes it the current one.
+    """The primary context of a GPU; ``with context:`` makes it the current one.
 
-    Whatever lives in the context keeps a reference to this object, so the driver takes the context down last.
+    What lives in the context (memory, streams, modules) is counted. The context is let go of when it was closed, or
+    when this object ends, and nothing is left in it: whatever order the garbage collector ends objects in.
 
     Attributes:
         driver: to call.
         ordinal: number of the GPU.
         gpu: what it is.
         pools: whether memory can be allocated in the order of a stream.
-        release: lets go of the context; nothing may be left in it. The end of this object calls it.
     """
 
     def __init__(self, ordinal: int) -> None:
@@ -47,8 +47,10 @@ class Context:
         attribute = driver.api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED
         self.pools = bool(driver("cuDeviceGetAttribute", attribute, device))
         self.handle = driver("cuDevicePrimaryCtxRetain", device)
-        self.release = weakref.finalize(self, _release, driver, device, self.owner)
-        self.release.atexit = False  # the end of the process ends it
+        self._device = device
+        self._inside = 0
+        self._closing = self._released = False
+        self._lock = threading.RLock()  # the garbage collector may end an object while one is made
 
     @property
     def name(self) -> str:
@@ -66,6 +68,33 @@ class Context:
 
     def __exit__(self, *_: object) -> None:
         self.driver.api.cuCtxPopCurrent()  # an error here would hide the one that destroyed the context
+
+    def enter(self) -> None:
+        """Count something that lives in the context."""
+        with self._lock:
+            self._inside += 1
+
+    def leave(self) -> None:
+        """The counterpart of :meth:`enter`."""
+        with self._lock:
+            self._inside -= 1
+            self._finish()
+
+    def close(self) -> None:
+        """Let go of the context as soon as nothing is left in it."""
+        with self._lock:
+            self._closing = True
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._closing and not self._inside and not self._released:
+            self._released = True
+            if os.getpid() == self.owner:
+                self.driver.status("cuDevicePrimaryCtxRelease", self._device)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_lock"):
+            self.close()
 
     def quietly(self, action: Callable[[], Any]) -> None:
         """Do something in the context when things end: nothing in a forked child, and no error for what is gone."""
@@ -94,9 +123,5 @@ def describe(driver: Driver, device: Any) -> Gpu:
         bandwidth=2e3 * attribute("MEMORY_CLOCK_RATE") * attribute("GLOBAL_MEMORY_BUS_WIDTH") / 8,
         memory=int(driver("cuDeviceTotalMem", device)),
         shared_limit=attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+        cache=attribute("L2_CACHE_SIZE"),
     )
-
-
-def _release(driver: Driver, device: Any, owner: int) -> None:
-    if os.getpid() == owner:
-        driver.status("cuDevicePrimaryCtxRelease", device)

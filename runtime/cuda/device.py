@@ -42,7 +42,7 @@ class CudaDevice(Device[CudaWorkspace]):
         """
         with ExitStack() as undo:
             context = Context(ordinal)
-            undo.callback(context.release)
+            undo.callback(context.close)
             code = read_code(artifact, context.gpu)
             self.plans = artifact.devices["cuda"]
             self._tuned = tuned.choices(artifact, context.gpu)
@@ -79,14 +79,24 @@ class CudaDevice(Device[CudaWorkspace]):
         """An entry point whose calls run on workspaces of a source."""
         return CudaEntry(self._loaded, self.plans[name], source, self.chooser(name))
 
-    def chooser(self, name: str) -> Chooser:
+    @property
+    def context(self) -> Context:
+        """Of the GPU."""
+        return self._loaded.context
+
+    @property
+    def memory(self) -> Memory:
+        """What the model holds."""
+        return self._loaded.memory
+
+    def chooser(self, name: str, measured: bool = True) -> Chooser:
         """The function that picks tiles for an entry point: what was measured, else what the cost model says."""
         steps = self.plans[name].steps
         traits = [_traits(self.plans[name], step) for step in steps]
 
         def choose(number: int, variant: Variant, values: Mapping[str, int]) -> Tile:
             present = self.code.present(variant.kernel)
-            if self._tuned:
+            if self._tuned and measured:
                 best = self._tuned.get(tuning_key(variant, values))
                 found = next((tile for tile in tiles.allowed(variant, values, present) if tile.name == best), None)
                 if found is not None:
@@ -106,7 +116,8 @@ class CudaDevice(Device[CudaWorkspace]):
             workspace.close()
         self._loaded.modules.close()
         self._block.free()
-        self._loaded.results.close(self._loaded.context.release)
+        self._loaded.results.close()
+        self._loaded.context.close()
 
     def __del__(self) -> None:
         if hasattr(self, "artifact_path"):

@@ -62,6 +62,7 @@ class Memory:
                 address = int(driver("cuMemAlloc", count))
             except DriverError as error:
                 raise self.exhausted(error, count, what) from None
+        self.context.enter()
         self.hold(what, count)
         return Block(self, address, count, what)
 
@@ -69,6 +70,7 @@ class Memory:
         """Free a block's memory; blocks do this."""
         self.hold(block.what, -block.bytes)
         self.context.quietly(lambda: self.context.driver("cuMemFree", address))
+        self.context.leave()
 
     def hold(self, what: str, count: int) -> None:
         """Note what is held."""
@@ -106,6 +108,7 @@ class Pinned:
                 self.address = int(driver("cuMemHostAlloc", count, 0))
             except DriverError as error:
                 raise DeviceError(f"{size(count)} of page-locked memory cannot be allocated: {error}") from None
+        context.enter()
         self.array = _bytes_at(self.address, count)
 
     def free(self) -> None:
@@ -114,6 +117,7 @@ class Pinned:
             address, self.address = self.address, 0
             self.array = np.empty(0, np.uint8)
             self._context.quietly(lambda: self._context.driver("cuMemFreeHost", address))
+            self._context.leave()
 
     def __del__(self) -> None:
         if hasattr(self, "address"):

@@ -173,6 +173,7 @@ class Modules:
             try:
                 module = driver("cuModuleLoadData", content + b"\0" if self.code.ptx else content)
                 self._loaded.append(module)
+                self._context.enter()
                 handle = driver("cuModuleGetFunction", module, binary.function.encode())
                 if binary.shared + binary.static_shared > STATIC_LIMIT:
                     attribute = driver.api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -190,3 +191,7 @@ class Modules:
             self._functions.clear()
         for module in loaded:
             self._context.quietly(lambda module=module: self._context.driver("cuModuleUnload", module))  # type: ignore[misc]
+            self._context.leave()
+
+    def __del__(self) -> None:
+        self.close()

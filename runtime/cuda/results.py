@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from .. import dlpack
 from ..dtypes import numpy_dtype
 from ..plan_check import nbytes
-from .driver import DriverError
+from .driver import Driver, DriverError
 from .memory import Memory
 from .streams import LEGACY_DEFAULT, Stream
 from .tensors import CUDA
@@ -33,23 +32,16 @@ class ResultPool:
         self.home = Stream(memory.context)
         self._alive = 0
         self._closing = False
-        self._then: Callable[[], Any] | None = None
         self._lock = threading.RLock()
         context = memory.context
         if context.pools:
-            api = context.driver.api
-            properties = api.CUmemPoolProps()
-            properties.allocType = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-            properties.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-            properties.location.id = context.ordinal
-            keep = api.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
-            with context as driver:
-                self._pool = driver("cuMemPoolCreate", properties)
-                try:
-                    driver("cuMemPoolSetAttribute", self._pool, keep, api.cuuint64_t(2**64 - 1))
-                except BaseException:
-                    self.close()
-                    raise
+            try:
+                with context as driver:
+                    self._pool = _make_pool(driver, context.ordinal)
+                    context.enter()
+            except BaseException:
+                self.close()
+                raise
 
     def allocate(self, count: int, stream: Stream) -> int:
         """Memory that is there for what the stream does next.
@@ -70,6 +62,7 @@ class ResultPool:
         self.memory.hold("results", count)
         with self._lock:
             self._alive += 1
+        self.memory.context.enter()
         return address
 
     def free(self, address: int, count: int, readers: set[int] | None) -> None:
@@ -95,11 +88,11 @@ class ResultPool:
         with self._lock:
             self._alive -= 1
             self._finish()
+        context.leave()
 
-    def close(self, then: Callable[[], Any] | None = None) -> None:
-        """End the pool, and call a function, when no result is left."""
+    def close(self) -> None:
+        """End the pool when no result is left."""
         with self._lock:
-            self._then = then
             self._closing = True
             self._finish()
 
@@ -109,10 +102,29 @@ class ResultPool:
         if self._pool is not None:
             pool, self._pool = self._pool, None
             self.memory.context.quietly(lambda: self.memory.context.driver("cuMemPoolDestroy", pool))
+            self.memory.context.leave()
         self.home.close()
-        if self._then is not None:
-            then, self._then = self._then, None
-            then()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_lock"):
+            self.close()
+
+
+def _make_pool(driver: Driver, ordinal: int) -> Any:
+    """A pool of the driver's that keeps what is freed."""
+    api = driver.api
+    properties = api.CUmemPoolProps()
+    properties.allocType = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    properties.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    properties.location.id = ordinal
+    pool = driver("cuMemPoolCreate", properties)
+    keep = api.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+    try:
+        driver("cuMemPoolSetAttribute", pool, keep, api.cuuint64_t(2**64 - 1))
+    except DriverError:
+        driver.status("cuMemPoolDestroy", pool)
+        raise
+    return pool
 
 
 class DeviceArray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from ..errors import UsageError
@@ -26,24 +25,32 @@ class Stream:
             UsageError: ``given`` is none of these.
         """
         self.ours = given is None
+        self.closed = True  # until it is there
+        self._context = context
         self._given = given  # kept alive
         if given is None:
             with context as driver:
                 self.handle = driver("cuStreamCreate", driver.api.CUstream_flags.CU_STREAM_NON_BLOCKING)
-            self._end = weakref.finalize(self, _destroy, context, self.handle)
-            self._end.atexit = False
+            context.enter()
         else:
             self.handle = context.driver.api.CUstream(stream_handle(given))
+        self.closed = False
         self.number = int(self.handle) or LEGACY_DEFAULT
 
     def close(self) -> None:
-        """Destroy it, if it is ours; twice does nothing."""
+        """Wait for what it does, and destroy it if it is ours; twice does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        driver = self._context.driver
+        self._context.quietly(lambda: driver("cuStreamSynchronize", self.handle))
         if self.ours:
-            self._end()
+            self._context.quietly(lambda: driver("cuStreamDestroy", self.handle))
+            self._context.leave()
 
-
-def _destroy(context: Context, handle: Any) -> None:
-    context.quietly(lambda: context.driver("cuStreamDestroy", handle))
+    def __del__(self) -> None:
+        if self.ours:
+            self.close()
 
 
 def stream_handle(given: Any) -> int:

@@ -116,13 +116,13 @@ class CudaWorkspace:
         """A block of at least so many bytes, whose content may be lost; a larger one replaces a smaller one."""
         block = self._blocks.get(name)
         if block is None or block.bytes < count:
-            if block is not None:
+            if block is not None and block.bytes:
                 with self._loaded.context as driver:
                     driver("cuStreamSynchronize", self.stream.handle)  # the old one may be in use
-                if name in ("arena", "scratch"):
-                    self._forget()  # its address is in there
                 del self._blocks[name]
                 block.free()
+            if name in ("arena", "scratch"):
+                self._forget()  # its address is in there
             block = self._blocks[name] = self._loaded.memory.allocate(count, what)
         return block
 
@@ -260,11 +260,12 @@ class CudaWorkspace:
         """Destroy graphs, when the stream is done with them."""
         context = self._loaded.context
         stream = getattr(self, "stream", None)
-        if stream is None:
+        if stream is None or not calls:
             return
 
         def end() -> None:
-            context.driver.status("cuStreamSynchronize", stream.handle)
+            if not stream.closed:
+                context.driver.status("cuStreamSynchronize", stream.handle)
             for call in calls:
                 call.close(context.driver)
 

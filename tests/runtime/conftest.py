@@ -7,8 +7,11 @@ Fixtures: ``toy`` is the path of an artifact that tests must not change, ``toy_c
 from __future__ import annotations
 
 import dataclasses
+import gc
+import importlib.util
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +198,53 @@ def toy_reference():
 def changed_plan():
     """A function that replaces fields of the plan of entry ``main``."""
     return lambda **fields: dataclasses.replace(main_plan(), **fields)
+
+
+def beside(name: str) -> Any:
+    """A module of this folder that holds no tests."""
+    spec = importlib.util.spec_from_file_location(f"tilewright_tests_{name}", HERE / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    if spec.name not in sys.modules:
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+    return sys.modules[spec.name]
+
+
+@pytest.fixture(scope="session")
+def fake_cuda() -> Any:
+    return beside("fake_cuda")
+
+
+@pytest.fixture(scope="session")
+def gpu_parts(toy_parts: dict[str, Any], fake_cuda: Any) -> dict[str, Any]:
+    """What :func:`write_artifact` takes for the toy on CPUs and GPUs."""
+    toy = beside("cuda_toy")
+    plans = [toy.main_plan(main_plan()), toy.count_plan(count_plan()), toy.half_plan(half_plan()), toy.chain_plan()]
+    return {
+        "plans": {"cuda": plans},
+        "constants": CONSTANTS,
+        "targets": [toy.target(fake_cuda.image)],
+        "info": {},
+        "sources": {"rows.py": b"# source\n"},
+    }
+
+
+@pytest.fixture(scope="session")
+def gpu_toy(gpu_parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_artifact(tmp_path_factory.mktemp("gpu_toy") / "toy.tw", **gpu_parts)
+
+
+@pytest.fixture
+def machine(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch):
+    """A machine with one H200 and the toy's kernels; at the end nothing may be left on it."""
+    from tilewright.runtime.cuda import driver
+
+    made = fake_cuda.FakeCuda()
+    made.kernels.update(beside("cuda_toy").KERNELS)
+    monkeypatch.setitem(sys.modules, driver.MODULE, made)
+    driver.forget()
+    yield made
+    driver.forget()
+    gc.collect()
+    assert made.leaks() == {}
+    assert made.problems == []

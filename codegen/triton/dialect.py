@@ -29,6 +29,7 @@ _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
     "bitand": "&", "bitor": "|", "bitxor": "^", "shl": "<<", "shr": ">>", "and": "&", "or": "|", "xor": "^",
 }  # fmt: skip
+_OF_BOOLS = {"add": "|", "mul": "&", "maximum": "|", "minimum": "&"}
 COMPARISONS = frozenset(("lt", "le", "gt", "ge", "eq", "ne"))
 _SIZE_SIGNS = {
     "add": " + ", "mul": " * ", "floordiv": " // ", "mod": " % ", "eq": " == ", "ne": " != ", "le": " <= ", "lt": " < ",
@@ -136,6 +137,10 @@ def call(op: str, dtype: str, arg_dtypes: list[str], args: list[str]) -> str:
         return f"tw.to_int({args[0]}, {TYPES[dtype]})" if towards_zero else cast(args[0], dtype)
     if op == "where":
         return f"tl.where({', '.join(args)})"
+    if arg_dtypes and arg_dtypes[0] == "bool" and op in _OF_BOOLS:
+        return f"{args[0]} {_OF_BOOLS[op]} {args[1]}"
+    if op in COMPARISONS and arg_dtypes[0] == "bool" and op not in ("eq", "ne"):
+        args = [cast(arg, "int32") for arg in args]  # one bit with a sign orders the other way round
     if op in _INFIX:
         return f"{args[0]} {_INFIX[op]} {args[1]}"
     if op == "not":

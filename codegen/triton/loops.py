@@ -29,6 +29,7 @@ from .loop_space import Body, Space
 SHORT = 8  # most values of a reduction that is a loop however its operands lie
 WINDOW = 32  # most values of a reduction that is a loop where neighbours in the block read neighbours in memory
 STEP = 4  # elements between what neighbours read, at most, in such a reduction
+MARGIN = 1 << 14  # how far the last block may reach beyond the end
 
 
 def loop_family(task: Task) -> Sequence[Made]:
@@ -164,7 +165,7 @@ def _is_wide(space: Space, ranges: dict[str, tuple[int, int]], loops: Loops | No
     spans = [sizes.product(axis.extent for axis in space.axes)]
     if loops is not None:
         spans.append(sizes.product(extent for _, extent in loops))
-    return index_type(space.parameters, ranges, *spans) == "i64"
+    return index_type(space.parameters, ranges, *(sizes.add(span, MARGIN) for span in spans)) == "i64"
 
 
 def _symbols(space: Space, body: Body, ranges: dict[str, tuple[int, int]]) -> tuple[str, ...]:

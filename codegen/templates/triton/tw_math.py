@@ -437,6 +437,8 @@ def maximum(a, b):
     """NaN if either is."""
     if a.dtype.is_floating():
         result = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    elif a.dtype == tl.int1:
+        result = a | b
     else:
         result = tl.where(a > b, a, b)
     return result
@@ -447,6 +449,8 @@ def minimum(a, b):
     """NaN if either is."""
     if a.dtype.is_floating():
         result = tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    elif a.dtype == tl.int1:
+        result = a & b
     else:
         result = tl.where(a < b, a, b)
     return result

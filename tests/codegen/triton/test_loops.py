@@ -168,6 +168,19 @@ def test_other_dtypes(agrees):
     agrees(function, [(x, i)], tolerance=1e-14)
 
 
+def test_bools(agrees, compile_cubin):
+    a = torch.rand(6, 40) > 0.5
+    function = lambda a, b: (  # noqa: E731
+        a + b, a * b, a > b, a <= b, a == b, torch.maximum(a, b), torch.minimum(a, b), a.amax(-1), a.amin(0), a.sum(0),
+        a.any(-1), a.all(), torch.where(a, b, ~b), a.float() + b, a.to(torch.uint8) + b,
+    )  # fmt: skip
+    model = agrees(function, [(a, a.flip(0).roll(1, 1))])
+    comparisons = [kernel.text for kernel in model.kernels.values() if " > " in kernel.text]
+    assert comparisons and all("tl.cast(" in text for text in comparisons)  # one bit that is set is below 0
+    for kernel in model.kernels.values():
+        compile_cubin.good(kernel.text, kernel.name, kernel.signature, kernel.tiles[0], "sm_80")
+
+
 def test_nan_and_infinities(agrees):
     x = torch.randn(6, 40)
     x[0, 3] = x[0, 7] = NAN

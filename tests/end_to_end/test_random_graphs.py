@@ -5,7 +5,8 @@ A program is made from a seed. A failure prints it; this repeats one seed, or ma
     RANDOM_GRAPHS=17 pytest tests/end_to_end/test_random_graphs.py
     RANDOM_GRAPHS=100-400 pytest tests/end_to_end/test_random_graphs.py
 
-With ``RANDOM_GRAPHS_PASSES=none`` every operator is a kernel of its own.
+With ``RANDOM_GRAPHS_PASSES=none`` every operator is a kernel of its own. GPU kernels are interpreted; without
+``RANDOM_GRAPHS``, for every third seed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tilewright
 from tilewright.codegen.roles import fusion_roles
 from tilewright.compiler.capture import capture
 from tilewright.passes.manager import PassManager
@@ -557,6 +559,20 @@ def test_random_graphs(seeds, build, isolate):
                 failures.append(report(seed, modules[seed], wrong))
                 break
     assert not failures, "\n\n".join(failures)
+
+
+@pytest.mark.parametrize("seed", sum(seed_groups(), [])[:: 1 if os.environ.get("RANDOM_GRAPHS") else 3])
+def test_random_graphs_as_interpreted_gpu_kernels(seed, gpu_artifact):
+    module = make_program(seed)
+    passes = os.environ.get("RANDOM_GRAPHS_PASSES") != "none"
+    try:
+        path = gpu_artifact(module, make_inputs(SIZES[0], seed), SHAPES, passes=passes)
+    except UsageError:
+        pytest.skip("the exporter does not take all declared sizes")
+    with tilewright.load(path, device="interpreter") as model:
+        for sizes in SIZES:
+            wrong = check(model.entry("main"), module, seed, sizes)
+            assert not wrong, report(seed, module, wrong)
 
 
 def report(seed: int, module: Generated, what: str) -> str:

@@ -143,12 +143,13 @@ class CostModel:
         each = math.ceil(count / gpu.multiprocessors)  # programs that the busiest multiprocessor runs
         busy = count / each  # multiprocessors' worth
         waves = 1 if self._blocks != self.variant.units else math.ceil(each / resident)
-        flops = self.flops * self.capacity(tile) / fewest
+        wasted = self.capacity(tile) / fewest
+        flops = self.flops * wasted
         rate = one.scalar if not traits.tensor else one.tensor // 2 if traits.tf32 else one.tensor
         arithmetic = flops / (busy * gpu.clock * rate)
         cached = max(self.bytes, flops / 2 * traits.item * sum(1 / block for block in self.blocks(tile)))
         copying = cached / (busy * gpu.clock * one.copies)
-        flight = min(resident, each) * max(binary.shared, 32 * binary.warps * BYTES_PER_THREAD)
+        flight = min(resident, each) * max(binary.shared, 32 * binary.warps * BYTES_PER_THREAD) / wasted
         memory = self.bytes / min(gpu.bandwidth, busy * flight / LATENCY)
         return START + LATENCY * (waves - 1) / resident + max(arithmetic, copying, memory)
 

@@ -86,7 +86,10 @@ class _Narrowing:
 
     def classify(self) -> None:
         """Fill the tables, in graph order."""
+        self._fixed: set[fx.Node] = set()  # of any dtype: depends on neither inputs nor states, nor their sizes
         for node in self.graph.nodes:
+            if node.op == "get_attr" or (node.op == "call_function" and self._fixed.issuperset(node.all_input_nodes)):
+                self._fixed.add(node)
             if not self._is_float(node):
                 continue
             if node.op in ("placeholder", "get_attr"):
@@ -106,9 +109,7 @@ class _Narrowing:
         strong = any(self.wide[operand] for operand in kept) or self._has_large_number(node)
         strong = strong or self._is_asked_for(node)
         pure = all(operand in self.wide or operand in self.constants for operand in floats)
-        others = [operand for operand in operands if _is_tensor(operand) and operand not in floats]
-        made = pure and not kept and (bool(floats) or not others) and name != "arange"
-        made = made and all(operand.op == "get_attr" for operand in others)  # integers that vary make a lookup vary
+        made = pure and not kept and node in self._fixed and name != "arange"
         if made and not strong:
             self.constants[node] = None
         elif name in _PRODUCTS and not (pure and kept and self._is_outer_product(node)):
@@ -195,7 +196,7 @@ class _Narrowing:
                 self._results[node] = insert(
                     node.graph, node.next, _TO, (node,), {"dtype": self.dtype}, origins=(node,)
                 )
-        elif _has_tensors([node]) and any(operand in self._known() for operand in node.all_input_nodes):
+        elif _is_tensor(node) and any(operand in self._known() for operand in node.all_input_nodes):
             # Gives no float itself: comparisons and conversions look at the finest of their operands.
             wide = any(operand in self.wide for operand in node.all_input_nodes)
             self._take(node, lambda operand: self._as(operand, torch.float32 if wide else self.dtype))
@@ -261,10 +262,6 @@ def _name(node: fx.Node) -> str:
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def _has_tensors(nodes: list[fx.Node]) -> bool:
-    return any(map(_is_tensor, nodes))
 
 
 def _at_border(node: fx.Node) -> bool:

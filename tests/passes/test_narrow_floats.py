@@ -107,6 +107,23 @@ def test_an_attention_mask_stays_float32(exported, run_pass):
     assert dtypes(program, "scaled_dot_product_attention") == [torch.float16]
 
 
+def test_lookups_give_half_precision(exported, run_pass):
+    """Rows of a table are in half precision; those at fixed places are a constant, which is rounded once."""
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.places = nn.Embedding(50, 8), nn.Embedding(16, 8)
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, ids):
+            return self.norm(self.table(ids) + self.places(torch.arange(ids.shape[1])))
+
+    program = exported(Fixed(), torch.tensor([[3, 1, 4, 1, 5]]))
+    run_pass(NarrowFloats(torch.float16), program, tolerance=1e-2)
+    assert dtypes(program, "embedding")[0] == dtypes(program, "add.Tensor")[0] == torch.float16
+
+
 def test_statistics_of_batch_norms_stay_float32(exported, run_pass):
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     module[1].running_var.fill_(1e6)

@@ -1,7 +1,7 @@
 """The command line, ``tilewright COMMAND``: one file per command.
 
 Command files import only click and what is as light; numpy, rich, the runtime and the compiler are imported when a
-command runs. ``run``, ``bench``, ``inspect`` and ``doctor`` work without PyTorch.
+command runs. ``run``, ``bench``, ``inspect``, ``tune`` and ``doctor`` work without PyTorch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from .demo import demo
 from .doctor import doctor
 from .inspect import inspect
 from .run import run
+from .tune import tune
 from .verify import verify
 
 HELP = """Compile trained models ahead of time, and run them without PyTorch.
@@ -36,7 +37,7 @@ Exit codes: 0 done, 1 failure, 2 wrong usage or no model, 3 operators that are n
 """
 
 cli = Application("tilewright", help=HELP, params=[show_version(__version__)])
-for command in (compile_source, run, bench, inspect, verify, doctor, demo):
+for command in (compile_source, run, bench, inspect, verify, tune, doctor, demo):
     cli.add_command(command)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from click.testing import CliRunner, Result
 
 from tilewright.codegen.triton.pool import find_triton
 from tilewright.compiler.cli import cli
+from tilewright.runtime.cuda import tune as tuning
 from tilewright.runtime.cuda.probe import gpus_present
+from tilewright.runtime.cuda.tune import Measured
 from tilewright.runtime.errors import TilewrightError
+from tilewright.runtime.gpus import Gpu
+
+GPU = ("name", "major", "minor")
 
 SOURCES = """
 import torch
@@ -198,6 +204,10 @@ WRONG = [
     (("run", "{gpu}", "{x}", "--device", "cpu"), 5, "compile the model with --target cpu"),
     (("bench", "{gpu}", "--device", "cpu"), 5, "compile the model with --target cpu"),
     (("inspect", "{gpu}", "--device", "cpu"), 2, "nothing for cpu"),
+    (("tune", "{cpu}", "-q"), 5, "nothing to measure"),
+    (("tune", "{gpu}", "--device", "cpu", "-q"), 2, "is no GPU"),
+    (("tune", "{gpu}", "--entry", "second", "-q"), 2, "second"),
+    (("tune", "{gpu}", "--shape", "batch=2", "-q"), 2, "all its sizes are fixed"),
     (("inspect", "{both}", "kernel", "none", "--target", "cuda:sm_80"), 2, "no kernel 'none'"),
     (("inspect", "{both}", "kernel", "none", "--target", "cuda:sm_90"), 2, "no target 'cuda:sm_90'"),
 ]
@@ -220,6 +230,7 @@ def test_wrong_input_gives_one_clear_message(arguments, code, named, sources, bo
         (("run", "{both}", "{x}", "--device", "cuda"), 2),
         (("run", "{gpu}", "{x}"), 5),
         (("bench", "{gpu}", "--device", "cuda:1"), 2),
+        (("tune", "{gpu}", "-q"), 2),
         (("verify", "{gpu}", "{source}", "--device", "cuda", "-q"), 2),
         (("compile", "{source}", "-o", "{out}", "--target", "cuda", "-q"), 2),
     ],
@@ -267,6 +278,17 @@ def test_doctor_lists_gpus_and_their_targets():
     assert bool(found["devices"]) == has_gpu() and (found["error"] is None or "driver" in found["error"])
     text = succeed("doctor").stdout
     assert "targets, which need no GPU to compile for: cuda:sm_80" in text and "triton" in text
+
+
+def test_tune_shows_what_it_measured(gpu, monkeypatch):
+    """The measuring itself needs a GPU; its tests are the runtime's, with a driver that is faked."""
+    present = Gpu("NVIDIA H200", 9, 0, **{item.name: 1 for item in fields(Gpu) if item.name not in GPU})
+    found = Measured("main", 0, "matmul_a", {"n": 3}, {"64x64": 2e-6, "32x32": 1e-6}, "64x64", "32x32")
+    monkeypatch.setattr(tuning, "tune", lambda path, **how: tuning.Tuning(present, (found,), Path(path) / "tuned.json"))
+    lines = succeed("tune", gpu, "-q").stdout.splitlines()
+    assert "measured on NVIDIA H200 (compute capability 9.0); recorded in" in lines[0]
+    assert lines[2].split()[2:] == ["matmul_a", "n=3", "2", "64x64", "2.0", "us", "32x32", "1.0", "us", "2.00"]
+    assert answer("tune", gpu, "-q")["measured"][0]["best"] == "32x32"
 
 
 def test_precision_is_recorded(sources, tmp_path):

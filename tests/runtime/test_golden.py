@@ -1,4 +1,4 @@
-"""An artifact of format 1, written once (``golden/make_format1.py``): newer runtimes must read and run it as it is.
+"""Artifacts of each format, written once (``golden/make_format*.py``): newer runtimes must read and run them.
 
 A failure here means that artifacts which users have would no longer load. Do not write the golden files anew: teach the
 reader the old format, or raise the format version and keep reading this one.
@@ -11,32 +11,38 @@ import numpy as np
 import pytest
 
 import tilewright
-from tilewright.runtime import cpu
+from tilewright.runtime import binaries, cpu
 from tilewright.runtime.artifact import read_artifact, verify_integrity
 from tilewright.runtime.errors import ShapeError
 from tilewright.runtime.plan import FORMAT_VERSION, to_json
 from tilewright.runtime.sizes import Op
 
-GOLDEN = Path(__file__).parent / "golden" / "format1"
+GOLDEN = Path(__file__).parent / "golden"
+FORMATS = (1, 2)
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def folder(request):
+    return GOLDEN / f"format{request.param}"
 
 
 @pytest.fixture(scope="module")
-def artifact():
-    return read_artifact(GOLDEN)
+def artifact(folder):
+    return read_artifact(folder)
 
 
 @pytest.fixture(scope="module")
-def arrays():
-    with np.load(GOLDEN.with_suffix(".npz")) as stored:
+def arrays(folder):
+    with np.load(folder.with_suffix(".npz")) as stored:
         return dict(stored)
 
 
 @pytest.fixture
-def model(artifact):
-    (target,) = artifact.manifest.targets
+def model(artifact, folder):
+    target = artifact.manifest.targets[0]
     if not cpu.features().issuperset(target.features):
         pytest.skip(f"this processor does not run {target.name}")
-    with tilewright.load(GOLDEN, threads=2) as loaded:
+    with tilewright.load(folder, threads=2, device="cpu") as loaded:
         yield loaded
 
 
@@ -58,24 +64,78 @@ def assert_kept(stored, read, path):
         assert stored == read, path
 
 
-def test_every_field_is_read(artifact):
-    assert artifact.manifest.format == 1 <= FORMAT_VERSION
-    assert list(artifact.plans) == ["main", "encode"]
-    for name, plan in artifact.plans.items():
-        stored = json.loads((GOLDEN / "plan" / f"{name}.json").read_text())
-        assert_kept(stored, to_json(plan), name)
-    plan = artifact.plans["main"]
-    assert [(symbol.name, symbol.maximum, symbol.factor) for symbol in plan.symbols] == [
-        ("batch", 32, 1),
-        ("blocks", 8000, 8),
-    ]
-    assert [len(step.variants) for step in plan.steps] == [1, 1, 1, 1, 1, 2, 1]
-    assert isinstance(plan.checks[0].condition, Op)
-    assert plan.states[0].initial == "total"
-    verify_integrity(GOLDEN)
+def test_every_field_is_read(artifact, folder):
+    assert f"format{artifact.manifest.format}" == folder.name
+    assert artifact.manifest.format <= FORMAT_VERSION == FORMATS[-1]
+    assert list(artifact.devices) == ["cpu", "cuda"][: artifact.manifest.format]
+    for device, plans in artifact.devices.items():
+        assert list(plans) == ["main", "encode"]
+        for name, plan in plans.items():
+            file = name if device == "cpu" else f"{name}.{device}"
+            stored = json.loads((folder / "plan" / f"{file}.json").read_text())
+            assert_kept(stored, to_json(plan), name)
+        plan = plans["main"]
+        assert [(symbol.name, symbol.maximum, symbol.factor) for symbol in plan.symbols] == [
+            ("batch", 32, 1),
+            ("blocks", 8000, 8),
+        ]
+        assert isinstance(plan.checks[0].condition, Op)
+        assert plan.states[0].initial == "total"
+    assert [len(step.variants) for step in artifact.plans["main"].steps] == [1, 1, 1, 1, 1, 2, 1]
+    verify_integrity(folder)
 
 
-def test_it_runs(model, arrays):
+def test_gpu_plans_and_binaries_are_read():
+    artifact = read_artifact(GOLDEN / "format2")
+    plan = artifact.devices["cuda"]["main"]
+    target = artifact.manifest.targets[1]
+    table = binaries.parse(artifact.content(target.library), target.library)
+    stored = json.loads((artifact.path / target.library).read_text())
+    assert_kept(stored, to_json(table), target.library)
+    assert (target.name, table.architecture) == ("cuda:sm_90", "sm_90")
+    kinds = set()
+    for step in plan.steps:
+        for variant in step.variants:
+            assert variant.tiles[0].name in table.by_name[variant.kernel].tiles
+            assert (artifact.path / "kernels" / "triton" / f"{variant.kernel}.py").exists()
+            kinds |= {ref.kind for ref in variant.operands}
+    assert {"input", "output", "constant", "buffer", "state", "fault"} <= kinds
+
+
+def test_gpu_plans_run_interpreted():
+    pytest.importorskip("triton")
+    with np.load(GOLDEN / "format2.npz") as stored:
+        arrays = dict(stored)
+    with tilewright.load(GOLDEN / "format2", device="interpreter") as model:
+        check(model, arrays)
+
+
+def test_gpu_plans_are_launched(machine, fake_cuda, monkeypatch):
+    """What the fake device is given: every kernel with as many arguments as it takes, in pointers that are aligned."""
+    folder = GOLDEN / "format2"
+    table = binaries.parse((folder / "kernels/sm_90/binaries.json").read_bytes(), "binaries.json")
+    known = {one.cubin.encode(): (kernel, one) for kernel in table.kernels for one in kernel.binaries}
+
+    def load(self, content):
+        kernel, one = known[content]
+        return self.__class__.real_load(self, fake_cuda.image(one.function, len(kernel.parameters) + 2))
+
+    monkeypatch.setattr(fake_cuda.FakeCuda, "real_load", fake_cuda.FakeCuda.cuModuleLoadData, raising=False)
+    monkeypatch.setattr(fake_cuda.FakeCuda, "cuModuleLoadData", load)
+    with np.load(GOLDEN / "format2.npz") as stored, tilewright.load(folder, device="auto") as model:
+        assert model.target == "cuda:sm_90"
+        for _ in range(2):
+            call(model, dict(stored))
+    plan = read_artifact(folder).devices["cuda"]["main"]
+    half = len(machine.launched) // 2
+    assert half == len(plan.steps)
+    for step, direct, replayed in zip(plan.steps, machine.launched[:half], machine.launched[half:], strict=True):
+        count = len(step.variants[0].operands)
+        assert (direct.arguments, direct.grid, direct.threads) == (replayed.arguments, replayed.grid, replayed.threads)
+        assert all(address and address % 4 == 0 for address in direct.arguments[:count])
+
+
+def check(model, arrays):
     result = call(model, arrays)
     assert list(result) == ["scores", "more", "total"]
     hidden, soft, rows = result["more"]
@@ -84,6 +144,10 @@ def test_it_runs(model, arrays):
     found["encoded"] = model.entry("encode")(arrays["x"])
     for name, got in found.items():
         np.testing.assert_allclose(got, arrays[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_it_runs(model, arrays):
+    check(model, arrays)
 
 
 def test_guards_checks_and_factors_hold(model, arrays):

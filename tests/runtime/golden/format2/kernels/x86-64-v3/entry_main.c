@@ -1,0 +1,96 @@
+#include "tw_math.h"
+#include "tw_runtime.h"
+
+void loop_clone_3(void *const *restrict, const int64_t *restrict, int64_t, int64_t, int32_t *restrict);
+void loop_embedding_batchx8(void *const *restrict, const int64_t *restrict, int64_t, int64_t, int32_t *restrict);
+void loop_softmax_2xn(void *const *restrict, const int64_t *restrict, int64_t, int64_t, int32_t *restrict);
+void loop_softmax_2xn_v2(void *const *restrict, const int64_t *restrict, int64_t, int64_t, int32_t *restrict);
+void loop_softmax_batchx3(void *const *restrict, const int64_t *restrict, int64_t, int64_t, int32_t *restrict);
+void loop_sum_add_3(void *const *restrict, const int64_t *restrict, int64_t, int64_t, int32_t *restrict);
+void matmul_linear_batchx3(void *const *restrict, const int64_t *restrict, int64_t, int64_t, int32_t *restrict);
+void matmul_linear_relu_add_batchx8(void *const *restrict, const int64_t *restrict, int64_t, int64_t, int32_t *restrict);
+
+TW_API int64_t tw_arena_main(const int64_t *symbols, int64_t *offsets);
+TW_API int64_t tw_arena_main(const int64_t *symbols, int64_t *offsets) {
+    const int64_t n_batch = symbols[0];
+    (void)n_batch;
+    const int64_t n_blocks = symbols[1];
+    (void)n_blocks;
+    (void)symbols;
+    int64_t size = 0;
+    const int64_t at0 = 0; /* embedding_1 */
+    const int64_t end0 = at0 + (n_batch * 32 + 63) / 64 * 64;
+    size = tw_max_i64(size, end0);
+    const int64_t at1 = 0; /* linear_2 */
+    const int64_t end1 = at1 + (n_batch * 12 + 63) / 64 * 64;
+    size = tw_max_i64(size, end1);
+    if (offsets) {
+        offsets[0] = at0;
+        offsets[1] = at1;
+    }
+    return size;
+}
+
+static void tw_steps_0(tw_call *call, const int64_t *offsets) {
+    const int64_t n_batch = call->symbols[0];
+    (void)n_batch;
+    const int64_t n_blocks = call->symbols[1];
+    (void)n_blocks;
+    (void)offsets;
+    /* 0: words torch/nn/modules/sparse.py:189 */
+    {
+        void *const buf[] = {(void *)(call->weights + 0), (void *)call->inputs[1], call->arena + offsets[0]};
+        const int64_t dim[] = {n_batch};
+        tw_step(call, 0, 0, loop_embedding_batchx8, buf, dim, n_batch, (n_batch * 40) + 320);
+    }
+    /* 1: first torch/nn/modules/linear.py:134 */
+    {
+        void *const buf[] = {(void *)call->inputs[0], (void *)(call->weights + 1088), call->arena + offsets[0], (void *)(call->weights + 320), call->outputs[1]};
+        const int64_t dim[] = {n_batch};
+        tw_step(call, 1, 0, matmul_linear_relu_add_batchx8, buf, dim, (n_batch + 95) / 96, (n_batch * 184) + 800);
+    }
+    /* 2: second torch/nn/modules/linear.py:134 */
+    {
+        void *const buf[] = {call->outputs[1], (void *)(call->weights + 2176), (void *)(call->weights + 1152), call->arena + offsets[1]};
+        const int64_t dim[] = {n_batch};
+        tw_step(call, 2, 0, matmul_linear_batchx3, buf, dim, (n_batch + 95) / 96, (n_batch * 92) + 1036);
+    }
+    /* 3: softmax tilewright/tests/runtime/golden/make_format1.py:44 */
+    {
+        void *const buf[] = {call->arena + offsets[1], call->outputs[0]};
+        const int64_t dim[] = {n_batch};
+        tw_step(call, 3, 0, loop_softmax_batchx3, buf, dim, n_batch, n_batch * 42);
+    }
+    /* 4: sum_1 add_1 tilewright/tests/runtime/golden/make_format1.py:45 */
+    {
+        void *const buf[] = {call->outputs[0], call->states[0], call->outputs[3]};
+        const int64_t dim[] = {n_batch};
+        tw_step(call, 4, 0, loop_sum_add_3, buf, dim, 1, (n_batch * 13) + 27);
+    }
+    /* 5: softmax_1 tilewright/tests/runtime/golden/make_format1.py:46 */
+    if ((n_blocks * 8) <= 24576) {
+        void *const buf[] = {(void *)call->inputs[2], call->outputs[2]};
+        const int64_t dim[] = {n_blocks};
+        tw_step(call, 5, 0, loop_softmax_2xn, buf, dim, 2, n_blocks * 224);
+    }
+    else {
+        void *const buf[] = {(void *)call->inputs[2], call->outputs[2]};
+        const int64_t dim[] = {n_blocks};
+        tw_step(call, 5, 1, loop_softmax_2xn_v2, buf, dim, 2, n_blocks * 224);
+    }
+    /* 6: sum_1 add_1 tilewright/tests/runtime/golden/make_format1.py:45 */
+    {
+        void *const buf[] = {call->outputs[3], call->states[0]};
+        const int64_t dim[] = {0};
+        tw_step(call, 6, 0, loop_clone_3, buf, dim, 1, 24);
+    }
+}
+
+TW_API int32_t tw_run_main(tw_call *call);
+
+TW_API int32_t tw_run_main(tw_call *call) {
+    int64_t offsets[2];
+    tw_arena_main(call->symbols, offsets);
+    tw_steps_0(call, offsets);
+    return call->fault;
+}

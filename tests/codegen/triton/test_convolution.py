@@ -154,6 +154,16 @@ def test_any_batch(convolved, module, shape):
         agree(kernels, module, given(batch, *shape[1:]))
 
 
+@pytest.mark.parametrize(("module", "shape"), [DIRECT[0], GATHERED[9], DEPTHWISE[0]], ids=str)
+def test_wide_indices(convolved, compile_cubin, module, shape):
+    """More elements than 32 bits count."""
+    kernels = convolved(module, given(2, *shape[1:]), shapes=({0: Dim("batch", max=2**26)},))
+    agree(kernels, module, given(2, *shape[1:]), tiles=1)
+    kernel = next(kernel for kernel in kernels.kernels.values() if kernel.family == "convolution")
+    assert kernel.signature[-1] == "i64" and "tl.int64" in kernel.text
+    compile_cubin.good(kernel.text, kernel.name, kernel.signature, kernel.tiles[0], "sm_90")
+
+
 def test_any_image_size(convolved):
     module = Layers(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Conv2d(16, 5, 3, padding=1))
     kernels = convolved(module, given(1, 3, 8, 8), shapes=({2: Dim("h", min=4, max=64), 3: Dim("w", min=4, max=64)},))

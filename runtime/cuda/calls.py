@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from ..entry import describe_step
@@ -19,6 +20,9 @@ from .modules import Function
 
 Addresses = dict[tuple[str, int], int]
 """Where the memories are that differ between calls: (``"input"`` or ``"output"``, index) → address."""
+
+ALIGNMENT = 256
+"""Of memories that lie one after the other in a block."""
 
 _WARP = 32
 _LIMITS = {"i32": 2**31, "i64": 2**63}
@@ -111,11 +115,29 @@ class Kernel:
         return self.node
 
 
+class Border:
+    """Where inputs and outputs that are in host memory lie on the device: offsets, and ``bytes`` in all."""
+
+    def __init__(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+        ends = list(accumulate((-(-count // ALIGNMENT) * ALIGNMENT for count in (*inputs, *outputs)), initial=0))
+        self.inputs, self.outputs = ends[: len(inputs)], ends[len(inputs) : -1]
+        self.bytes = ends[-1]
+
+
 class PreparedCall:
     """The launches of one combination of shapes in one workspace, and their graph once they have been repeated."""
 
-    def __init__(self, plan: Plan, launches: Launches, kernels: Sequence[Kernel]) -> None:
+    def __init__(self, plan: Plan, launches: Launches, kernels: Sequence[Kernel], inputs: Sequence[int]) -> None:
+        """Take what is ready.
+
+        Args:
+            plan: of the entry point.
+            launches: of the call.
+            kernels: those of them that have something to do.
+            inputs: bytes of the inputs.
+        """
         self.launches = launches
+        self.border = Border(inputs, [count for _, count in launches.outputs])
         self._plan = plan
         self._kernels = kernels
         self._moving = [kernel for kernel in kernels if kernel.bound]

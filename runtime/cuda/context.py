@@ -115,7 +115,7 @@ def describe(driver: Driver, device: Any) -> Gpu:
         return int(driver("cuDeviceGetAttribute", getattr(kinds, f"CU_DEVICE_ATTRIBUTE_{name}"), device))
 
     return Gpu(
-        name=driver("cuDeviceGetName", 256, device).rstrip(b"\0").decode(),
+        name=driver("cuDeviceGetName", 256, device).split(b"\0")[0].decode(),
         major=attribute("COMPUTE_CAPABILITY_MAJOR"),
         minor=attribute("COMPUTE_CAPABILITY_MINOR"),
         multiprocessors=attribute("MULTIPROCESSOR_COUNT"),

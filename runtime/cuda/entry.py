@@ -21,7 +21,7 @@ from .calls import Addresses, PreparedCall
 from .driver import Driver, DriverError
 from .results import DeviceArray
 from .tensors import DeviceTensor, device_tensor, on_device
-from .workspace import CudaWorkspace, Loaded, _align
+from .workspace import CudaWorkspace, Loaded
 
 
 @dataclass
@@ -217,20 +217,25 @@ class CudaEntry(Entry[CudaWorkspace]):
         outputs: Sequence[np.ndarray | None],
     ) -> None:
         """Upload the inputs that are in host memory; reserve room for the outputs that go there."""
-        host = [("input", index, item) for index, item in enumerate(inputs) if isinstance(item, np.ndarray)]
-        host += [("output", index, item) for index, item in enumerate(outputs) if item is not None]
-        count = sum(_align(array.nbytes) for _, _, array in host)
-        address = workspace.block("border", count, "inputs and outputs").address if count else 0
-        for kind, index, array in host:
-            call.addresses[kind, index] = address
-            if array.nbytes and kind == "input":
-                driver("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, workspace.stream.handle)
-            elif array.nbytes:
-                call.downloads.append((address, array.nbytes, array))
-            address += _align(array.nbytes)
+        border, addresses, stream = call.prepared.border, call.addresses, workspace.stream.handle
+        base = -1  # no room is needed where everything is on the device
         for index, item in enumerate(inputs):
             if isinstance(item, DeviceTensor):
-                call.addresses["input", index] = item.address
+                addresses["input", index] = item.address
+                continue
+            if base < 0:
+                base = workspace.block("border", border.bytes, "inputs and outputs").address
+            addresses["input", index] = place = base + border.inputs[index]
+            if item.nbytes:
+                driver("cuMemcpyHtoDAsync", place, item.ctypes.data, item.nbytes, stream)
+        for index, array in enumerate(outputs):
+            if array is None:
+                continue
+            if base < 0:
+                base = workspace.block("border", border.bytes, "inputs and outputs").address
+            addresses["output", index] = place = base + border.outputs[index]
+            if array.nbytes:
+                call.downloads.append((place, array.nbytes, array))
 
     # -- after ---------------------------------------------------------------------------------------------------------
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from .. import sizes
 from ..binding import Shapes
 from ..entry import index_error
 from ..errors import ArtifactError
 from ..launches import Launches, Operand
 from ..plan import COUNTERS, Constant, Plan
-from .calls import Kernel, PreparedCall
+from ..plan_check import nbytes
+from .calls import ALIGNMENT, Kernel, PreparedCall
 from .context import Context
 from .memory import Block, Memory, Pinned
 from .modules import Modules
@@ -23,8 +25,6 @@ from .streams import Stream
 
 MOST_CALLS = 16
 """Prepared calls, and CUDA graphs with them, that a workspace keeps; those used longest ago go first."""
-
-_ALIGNMENT = 256
 
 
 class Weights:
@@ -189,7 +189,7 @@ class CudaWorkspace:
             programs = item.grid * binary.cluster
             for kind in needs:
                 each, alignment = getattr(binary, f"{kind}_scratch"), getattr(binary, f"{kind}_scratch_alignment")
-                if alignment > _ALIGNMENT and each:
+                if alignment > ALIGNMENT and each:
                     raise ArtifactError(f"kernel {item.kernel}: wants scratch memory aligned to {alignment} bytes")
                 needs[kind] = max(needs[kind], programs * each)
         self.block("arena", launches.arena_bytes, "the arena")
@@ -200,7 +200,10 @@ class CudaWorkspace:
             Kernel(item, function, [self.address(plan, operand) for operand in item.operands], pointers)
             for item, function in zip(items, functions, strict=True)
         ]
-        return PreparedCall(plan, launches, kernels)
+        inputs = [
+            nbytes(port.dtype, (sizes.evaluate(size, launches.values) for size in port.shape)) for port in plan.inputs
+        ]
+        return PreparedCall(plan, launches, kernels, inputs)
 
     # -- faults --------------------------------------------------------------------------------------------------------
 
@@ -279,5 +282,5 @@ def _uses(plan: Plan, kind: str) -> bool:
     return any(ref.kind == kind for step in plan.steps for variant in step.variants for ref in variant.operands)
 
 
-def _align(count: int, alignment: int = _ALIGNMENT) -> int:
+def _align(count: int, alignment: int = ALIGNMENT) -> int:
     return -(-count // alignment) * alignment

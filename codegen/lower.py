@@ -189,7 +189,7 @@ class _Lowering:
         self.outputs: list[Storage] = []
         self.initial: list[int] = []
         self.output_of: dict[fx.Node, Storage] = {}
-        self.steps: list[tuple[str, Sequence[Made], Origin, int]] = []
+        self.steps: list[tuple[str, Sequence[Made], Origin, Sequence[Storage]]] = []
 
     def run(self) -> Lowered:
         graph = self.program.graph
@@ -256,7 +256,7 @@ class _Lowering:
             made = self.families[family](task)
         except (CompileError, UnsupportedOperator) as error:
             raise type(error)(f"{origin_of(node).source or node.name}: {error}") from error
-        self.steps.append((family, made, origin_of(node), len(results)))
+        self.steps.append((family, made, origin_of(node), results))
         self.storages[node] = tuple(results) if several else results[0]
 
     def _storage(self, node: fx.Node) -> Storage:
@@ -318,7 +318,7 @@ class _Lowering:
         graph.output(copy)
         nested = fx.GraphModule(torch.nn.Module(), graph)
         task = Task(node, nested, [origin], [target], self.symbols, self.constants, self.precision)
-        self.steps.append(("loop", self.families["loop"](task), origin_of(node), 1))
+        self.steps.append(("loop", self.families["loop"](task), origin_of(node), [target]))
 
     # -- the plan ------------------------------------------------------------------------------------------------------
 
@@ -367,7 +367,7 @@ class _Lowering:
     def _shape(self, storage: Storage) -> tuple[Size, ...]:
         return tuple(map(self.symbols.public, storage.shape))
 
-    def _step(self, number: int, family: str, made: Sequence[Made], origin: Origin, results: int) -> Step:
+    def _step(self, number: int, family: str, made: Sequence[Made], origin: Origin, results: Sequence[Storage]) -> Step:
         variants = []
         name = ""
         public = self.symbols.public
@@ -378,8 +378,10 @@ class _Lowering:
             work = (public(code.units), public(item.guard), public(code.flops), public(code.bytes))
             tiles = tuple(replace(tile, guard=public(tile.guard)) for tile in code.tiles)
             variants.append(Variant(name, operands, tuple(map(public, code.symbols)), *work, tiles=tiles))
-        count = len(made[-1].storages)
-        return Step(name, family, tuple(variants), tuple(range(count - results, count)), origin)
+        written = {_positions(item.storages, results) for item in made}
+        if len(written) > 1:
+            raise CompileError(f"the variants of step {number} ({name}) take its results at different places")
+        return Step(name, family, tuple(variants), written.pop(), origin)
 
     def _symbols(self) -> tuple[Symbol, ...]:
         found = []
@@ -466,6 +468,12 @@ class _Lowering:
             return tree
 
         return build(self.program.results)
+
+
+def _positions(storages: Sequence[Storage], results: Sequence[Storage]) -> tuple[int, ...]:
+    """Where the results of a step are among a kernel's operands."""
+    places = {id(storage): position for position, storage in enumerate(storages)}
+    return tuple(places[id(result)] for result in results)
 
 
 def _ref(storage: Storage, step: int) -> Ref:

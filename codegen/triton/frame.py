@@ -37,7 +37,10 @@ def index_type(parameters: Sequence[Parameter], ranges: Mapping[str, tuple[int, 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of a kernel: what is read, extras, results, then sizes, then the constants of its tiles."""
+    """The arguments of a kernel: results, what is read, extras, then sizes, then the constants of its tiles.
+
+    Results come first, so that they have the same places in all variants of a step, whatever extras these need.
+    """
 
     parameters: tuple[Parameter, ...]
     extras: tuple[Extra, ...]
@@ -45,16 +48,16 @@ class Arguments:
     index: str
 
     def operands(self) -> list[tuple[str, str]]:
-        """(name, dtype) of the pointers in order; the results come last."""
+        """(name, dtype) of the pointers in order."""
         read = [(item.name, item.dtype) for item in self.parameters if not item.written]
         written = [(item.name, item.dtype) for item in self.parameters if item.written]
-        return [*read, *((extra.name, extra.storage.dtype) for extra in self.extras), *written]
+        return [*written, *read, *((extra.name, extra.storage.dtype) for extra in self.extras)]
 
     def storages(self, storages: Sequence[Storage]) -> tuple[Storage, ...]:
         """The operands' storages in the order of the arguments, from those of the frame's parameters."""
         read = [storage for storage, item in zip(storages, self.parameters, strict=True) if not item.written]
         written = [storage for storage, item in zip(storages, self.parameters, strict=True) if item.written]
-        return (*read, *(extra.storage for extra in self.extras), *written)
+        return (*written, *read, *(extra.storage for extra in self.extras))
 
     def signature(self) -> tuple[str, ...]:
         """The type of every argument but the constants."""

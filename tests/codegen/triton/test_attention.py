@@ -66,7 +66,7 @@ class Lowered:
         for ref, array in zip(chosen.operands, after, strict=True):
             assert ref.kind != "counters" or not array.any(), "counters are left as they were found"
         self.used.append(chosen.kernel)
-        return to_torch(after[-1])
+        return to_torch(after[self.step.writes[0]])
 
     def _array(self, ref, inputs: Sequence[torch.Tensor], symbols) -> np.ndarray:
         if ref.kind == "input":

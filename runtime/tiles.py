@@ -24,6 +24,8 @@ START = 1.5e-6
 """Seconds until programs work at full rate, and from their last work to the next kernel."""
 LATENCY = 0.8e-6
 """Seconds that a load from memory takes."""
+MARGIN = 0.9
+"""Of the time of the first tile, what another must stay below to be chosen: the model is no finer than that."""
 BYTES_PER_THREAD = 64
 """In flight in a kernel that has no pipeline through shared memory."""
 
@@ -67,7 +69,7 @@ def choose(
     gpu: Gpu,
     traits: Traits,
 ) -> Tile:
-    """The tile that should be fastest; among equals the one that comes first.
+    """The tile that should be fastest; the first one, unless another is clearly better.
 
     Args:
         variant: of a step.
@@ -86,7 +88,8 @@ def choose(
     model = CostModel(variant, values, ARCHITECTURES[architecture], gpu, traits)
     fewest = min(model.capacity(tile) for tile in tiles)
     costs = [model.seconds(tile, binaries[tile.name], fewest) for tile in tiles]
-    return tiles[costs.index(min(costs))]
+    best = min(costs)
+    return tiles[0] if costs[0] * MARGIN <= best else tiles[costs.index(best)]
 
 
 class CostModel:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import random
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from ml_dtypes import bfloat16
 
 import tilewright
 from tilewright.runtime.cuda.workspace import MOST_CALLS
-from tilewright.runtime.errors import DeviceError, InputError, ShapeError, UsageError
+from tilewright.runtime.errors import ArtifactError, DeviceError, InputError, ShapeError, UsageError
 from tilewright.runtime.plan import Ref
 
 
@@ -263,3 +265,64 @@ def test_the_last_reference_frees_everything(gpu_toy, machine):
     del session
     gc.collect()
     assert machine.leaks() == {}
+
+
+def test_scratch_memory_of_kernels(model, machine):
+    """As much as all programs need, for both of Triton's kinds; none where no kernel wants any."""
+    model.entry("chain")(np.zeros(99, np.float32))
+    assert machine.launched[-1].arguments[-2:] == [0, 0]
+    model(*inputs(64))
+    lookup = machine.launched[-1]
+    assert lookup.grid == 2 and lookup.arguments[-1] == lookup.arguments[-2] + 256
+    assert (lookup.arguments[-2], 256 + 2 * 8) in [(begin, count) for begin, (_, count, _) in machine.allocated.items()]
+
+
+def test_sizes_that_do_not_fit_their_type(model):
+    from tilewright.runtime.cuda.calls import Kernel
+    from tilewright.runtime.cuda.modules import Function
+    from tilewright.runtime.launches import Launch
+
+    toy = sys.modules["tilewright_tests_cuda_toy"]
+    function = Function(0, toy.binary("k", "b32"), ("*fp32", "i32", "i64"))
+    launch = Launch(0, 0, "k", toy.tile(32), 1, (), (2**31, 5))
+    with pytest.raises(ArtifactError, match="kernel k takes an i32, and cannot take 2147483648"):
+        Kernel(launch, function, [256], (0, 0))
+    Kernel(Launch(0, 0, "k", toy.tile(32), 1, (), (2**31 - 1, 2**40)), function, [256], (0, 0))
+
+
+def test_random_calls(gpu_toy, machine, toy_reference):
+    """Any order of entry points, sizes, sessions, faults, resets and ways to call gives what numpy gives."""
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    with tilewright.load(gpu_toy, device="cuda") as model:
+        sessions = [model.session() for _ in range(2)]
+        totals = [np.array([10, 20, 30, 40], np.float32) for _ in sessions]
+        for _ in range(150):
+            number = rng.randrange(2)
+            caller, total = rng.choice([(model, None), (sessions[number], totals[number])])
+            match rng.randrange(6):
+                case 0 | 1:
+                    x, idx = inputs(rng.choice([1, 2, 3, 31, 32, 33, 64]))
+                    out = np.empty((len(x), 4), np.float32) if rng.random() < 0.3 else None
+                    got = caller.entry("main")(x, idx=idx, out=out)
+                    np.testing.assert_allclose(got, toy_reference(x, idx), rtol=1e-6)
+                case 2:
+                    x = np.full(4, rng.randrange(5), np.float32)
+                    got = caller.entry("count")(x)["total"]
+                    if total is None:
+                        np.testing.assert_array_equal(got, np.array([10, 20, 30, 40]) + x)
+                    else:
+                        total += x
+                        np.testing.assert_array_equal(got, total)
+                case 3:
+                    x = np.arange(rng.choice([1, 7, 100, 5000]), dtype=np.float32)
+                    np.testing.assert_array_equal(caller.entry("chain")(x)[1], x + 5)
+                case 4:
+                    with pytest.raises(InputError):
+                        caller.entry("main")(inputs(2)[0], [0, rng.choice([10, -11])])
+                case 5 if total is not None:
+                    caller.reset()
+                    total[:] = [10, 20, 30, 40]
+        for session in sessions:
+            session.close()

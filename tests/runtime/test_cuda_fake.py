@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import subprocess
+import sys
 from enum import IntEnum
 from pathlib import Path
 
@@ -139,3 +141,18 @@ def test_nothing_else_of_the_runtime_imports_the_bindings():
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
             assert not any(name.split(".")[0] == "cuda" for name in names), path
+
+
+def test_they_are_imported_late_and_nothing_heavy_is(gpu_toy):
+    script = f"""
+import sys, tilewright
+import tilewright.runtime.cuda.device, tilewright.runtime.cuda.tune, tilewright.runtime.cuda.probe
+assert not any(name.split(".")[0] in ("cuda", "torch", "triton") for name in sys.modules)
+try:
+    tilewright.load({str(gpu_toy)!r}, device="cuda")
+except tilewright.TilewrightError as error:
+    print(error)
+assert not {{"torch", "triton"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -182,9 +182,9 @@ def test_few_programs_split_their_sums():
 
 
 def test_what_reaches_over_the_edge_is_computed_in_vain():
-    variant = matmul(tile(128, 256, 8), tile(64, 256, 8), n=256 * 250)
-    assert choice(variant, m=192) == "64x256"
-    assert choice(variant, m=256) == "128x256"
+    variant = matmul(tile(256, 128, 8), tile(64, 256, 8), n=256 * 250)
+    assert choice(variant, m=320) == "64x256"
+    assert choice(variant, m=512) == "256x128"
 
 
 def test_persistent_programs_are_weighed_by_their_blocks():

@@ -156,3 +156,47 @@ assert not {{"torch", "triton"}} & sys.modules.keys()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_arguments_are_converted(real):
+    """The bindings take what the runtime gives them: without a driver, that is all that happens before the error."""
+    try:
+        real.cuInit(0)
+    except RuntimeError:
+        pass
+    else:
+        pytest.skip("there is a driver, which would do something with these")
+    kinds, config, node = real.CUdevice_attribute, real.CUlaunchConfig(), real.CUDA_KERNEL_NODE_PARAMS()
+    stream, event, function, device = real.CUstream(7), real.CUevent(8), real.CUfunction(9), real.CUdevice(0)
+    most = real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    keep = real.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+    cluster = real.CUkernelNodeAttrID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    ordinal = real.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    arguments = {
+        "cuInit": (0,), "cuDeviceGetCount": (), "cuDeviceGet": (0,), "cuDeviceGetName": (256, device),
+        "cuDeviceTotalMem": (device,), "cuDeviceGetAttribute": (kinds.CU_DEVICE_ATTRIBUTE_CLOCK_RATE, device),
+        "cuDevicePrimaryCtxRetain": (device,), "cuDevicePrimaryCtxRelease": (device,),
+        "cuCtxPushCurrent": (real.CUcontext(5),), "cuCtxSynchronize": (), "cuMemGetInfo": (), "cuMemAlloc": (100,),
+        "cuMemFree": (2**40,), "cuMemHostAlloc": (100, 0), "cuMemFreeHost": (2**40,),
+        "cuMemPoolCreate": (real.CUmemPoolProps(),), "cuMemPoolDestroy": (real.CUmemoryPool(5),),
+        "cuMemPoolSetAttribute": (real.CUmemoryPool(5), keep, real.cuuint64_t(2**64 - 1)),
+        "cuMemAllocFromPoolAsync": (100, real.CUmemoryPool(5), stream), "cuMemFreeAsync": (2**40, stream),
+        "cuMemcpyHtoDAsync": (2**40, 2**40, 5, stream), "cuMemcpyDtoHAsync": (2**40, 2**40, 5, stream),
+        "cuMemcpyDtoDAsync": (2**40, 2**40, 5, stream), "cuMemsetD8Async": (2**40, 0, 5, stream),
+        "cuPointerGetAttribute": (ordinal, 2**40), "cuStreamCreate": (real.CUstream_flags.CU_STREAM_NON_BLOCKING,),
+        "cuStreamDestroy": (stream,), "cuStreamSynchronize": (stream,), "cuStreamWaitEvent": (stream, event, 0),
+        "cuEventCreate": (real.CUevent_flags.CU_EVENT_DISABLE_TIMING,), "cuEventDestroy": (event,),
+        "cuEventRecord": (event, stream), "cuEventSynchronize": (event,), "cuEventElapsedTime": (event, event),
+        "cuModuleLoadData": (b"\x7fELF",), "cuModuleGetFunction": (real.CUmodule(5), b"name"),
+        "cuModuleUnload": (real.CUmodule(5),), "cuFuncSetAttribute": (function, most, 100),
+        "cuLaunchKernelEx": (config, function, 2**40, 0), "cuGraphCreate": (0,),
+        "cuGraphAddKernelNode": (real.CUgraph(5), [real.CUgraphNode(6)], 1, node),
+        "cuGraphKernelNodeSetAttribute": (real.CUgraphNode(6), cluster, real.CUkernelNodeAttrValue()),
+        "cuGraphInstantiate": (real.CUgraph(5), 0), "cuGraphLaunch": (real.CUgraphExec(5), stream),
+        "cuGraphExecKernelNodeSetParams": (real.CUgraphExec(5), real.CUgraphNode(6), node),
+        "cuGraphExecDestroy": (real.CUgraphExec(5),), "cuGraphDestroy": (real.CUgraph(5),),
+    }  # fmt: skip
+    assert used()[0] <= arguments.keys()
+    for name, given in arguments.items():
+        with pytest.raises(RuntimeError):  # no driver, which comes after the conversion
+            getattr(real, name)(*given)

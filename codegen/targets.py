@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 from ..runtime.errors import UsageError
-from .architectures import ARCHITECTURES, Architecture, of_this_machine
+from ..runtime.gpus import ARCHITECTURES, Architecture
+from .architectures import of_this_machine
 
 CompilerKind = Literal["gcc", "clang", "zig"]
 
@@ -135,7 +136,7 @@ def known() -> tuple[Target, ...]:
 
 def known_gpus() -> tuple[GpuTarget, ...]:
     """Every GPU target there is, oldest first."""
-    return tuple(GpuTarget(architecture) for architecture in ARCHITECTURES)
+    return tuple(GpuTarget(architecture) for architecture in ARCHITECTURES.values())
 
 
 def parse(text: str, machine: Collection[str]) -> Target | GpuTarget:

@@ -43,6 +43,16 @@ class Architecture:
     exact: bool = False
     registers: int = 65536
 
+    @property
+    def capability(self) -> int:
+        """The compute capability as one number, 90 for 9.0."""
+        return 10 * self.major + self.minor
+
+    @property
+    def shared_limit(self) -> int:
+        """Bytes of shared memory that one program may ask for."""
+        return self.shared - KIB
+
     def runs_binary(self, major: int, minor: int) -> bool:
         """Whether cubins for this architecture run on a GPU of that compute capability."""
         return self.major == major and (self.minor == minor or (not self.exact and self.minor < minor))

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from ...runtime import binaries as tables
 from ...runtime.binaries import Binaries, Binary, KernelBinaries, RejectedTile
 from ...runtime.errors import CompileError, UsageError
+from ...runtime.gpus import ARCHITECTURES
 from ...runtime.plan import Buffer, Constant, Plan, Port, Ref, StateBuffer
-from ..architectures import ARCHITECTURES
 from ..artifact import TargetBinaries
 from ..cache import Cache
 from ..lower import KernelSource
@@ -99,7 +99,7 @@ def _carrier(targets: Sequence[GpuTarget]) -> GpuTarget:
     """The target that PTX is stored with. That of later architectures names instructions which no other GPU has."""
     portable = [target for target in targets if not target.architecture.exact]
     if not portable:
-        names = " or ".join(f"cuda:{one.name}" for one in ARCHITECTURES if not one.exact)
+        names = " or ".join(f"cuda:{one.name}" for one in ARCHITECTURES.values() if not one.exact)
         raise UsageError(
             f"--ptx: what is compiled for {', '.join(target.name for target in targets)} runs on no newer GPU, as PTX "
             f"either; name {names} as one more target, whose PTX all newer GPUs accept"

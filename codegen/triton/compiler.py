@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import CompileError
+from ...runtime.gpus import Architecture
 from ...runtime.plan import Tile
-from ..architectures import Architecture
 from ..cache import Cache, key_of
 from ..lower import KernelSource
 from .pool import SCRIPT, Pool, find_triton
@@ -68,8 +68,8 @@ class Compiled:
     def problem(self, architecture: Architecture) -> str:
         """Why the binary is no good for the architecture; empty when it is."""
         shared = self.shared + self.static_shared
-        if shared > architecture.shared_memory:
-            return f"needs {shared} bytes of shared memory, {architecture.name} has {architecture.shared_memory}"
+        if shared > architecture.shared_limit:
+            return f"needs {shared} bytes of shared memory, {architecture.name} has {architecture.shared_limit}"
         if self.spill_stores or self.spill_loads:
             return (
                 f"spills registers ({self.spill_stores} bytes stored, {self.spill_loads} loaded per thread, "

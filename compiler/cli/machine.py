@@ -171,7 +171,7 @@ def _gpus() -> dict[str, Any]:
         present = []
         found["error"] = str(error)
     for number, gpu in enumerate(present):
-        fitting = [target for target in targets.known_gpus() if target.architecture.runs_on(gpu.major, gpu.minor)]
+        fitting = [target for target in targets.known_gpus() if target.architecture.runs_binary(gpu.major, gpu.minor)]
         found["devices"].append(
             {
                 "device": f"cuda:{number}", "name": gpu.name, "capability": gpu.capability, "memory": gpu.memory,

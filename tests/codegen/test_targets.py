@@ -1,12 +1,13 @@
 import itertools
-import sys
-import types
 
 import pytest
 
-from tilewright.codegen.architectures import ARCHITECTURES, architecture, for_capability
+from tilewright.codegen.architectures import architecture, for_capability
 from tilewright.codegen.targets import BASES, best, known, known_gpus, parse, parse_cpu, parse_list
+from tilewright.runtime.cuda import probe
+from tilewright.runtime.cuda.driver import DriverError
 from tilewright.runtime.errors import UsageError
+from tilewright.runtime.gpus import ARCHITECTURES, Gpu
 
 V3 = set(BASES[0].features)
 V4 = set(BASES[1].features)
@@ -95,12 +96,11 @@ def test_architectures_are_plausible():
     assert architecture("sm_90").capability == 90 and architecture("sm_120").capability == 120
     with pytest.raises(UsageError, match="unknown GPU architecture 'sm_70'; there are sm_80, .*sm_120"):
         architecture("sm_70")
-    for one in ARCHITECTURES:
-        assert one.name == f"sm_{one.capability}"
-        assert one.shared_memory == one.shared_memory_total - 1024  # the driver keeps 1 KiB per program
-        assert one.threads == 32 * one.warps and one.warps >= one.programs
-        assert one.registers // one.threads >= 32
-        assert one.exact == one.descriptors == (one.major >= 9)
+    for name, one in ARCHITECTURES.items():
+        assert name == one.name == f"sm_{one.capability}"
+        assert one.shared_limit == one.shared - 1024  # the driver keeps 1 KiB per program
+        assert one.warps >= one.programs and one.registers // (32 * one.warps) >= 32
+        assert one.exact == (one.major >= 9)
 
 
 @pytest.mark.parametrize(
@@ -117,64 +117,52 @@ def test_capabilities_that_nothing_fits(capability):
         for_capability(*capability)
 
 
-class Driver(types.SimpleNamespace):
-    """As much of the driver's bindings as is asked, on a machine with some GPUs or none."""
-
-    def __init__(self, *capabilities, problem=None):
-        ok, no_device = (types.SimpleNamespace(name=name) for name in ("CUDA_SUCCESS", "CUDA_ERROR_NO_DEVICE"))
-
-        def start(flags):
-            if problem is not None:
-                raise problem
-            return (ok if capabilities else no_device,)
-
-        super().__init__(
-            CUresult=types.SimpleNamespace(CUDA_SUCCESS=ok),
-            CUdevice_attribute=types.SimpleNamespace(
-                CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=0, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=1
-            ),
-            cuInit=start,
-            cuDeviceGet=lambda number: (ok, number),
-            cuDeviceGetAttribute=lambda attribute, device: (ok, capabilities[device][attribute]),
-        )
+def gpu(major, minor):
+    return Gpu("a GPU", major, minor, 100, 1e9, 1e12, 1 << 34, 99 << 10, 1 << 25)
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Puts a driver, or none (None), in place of the machine's."""
+    """Makes this a machine with some GPUs, or one where asking for them fails."""
 
-    def run(driver):
-        bindings = None if driver is None else types.ModuleType("cuda.bindings")
-        if bindings is not None:
-            bindings.driver = driver
-        monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)  # None: importing it fails
+    def run(*present, problem=None):
+        def answer():
+            if problem is not None:
+                raise problem
+            return list(present)
+
+        monkeypatch.setattr(probe, "gpus_present", answer)
 
     return run
 
 
 def test_cuda_is_the_gpu_of_this_machine(machine):
-    machine(Driver((9, 0), (8, 0)))
+    machine(gpu(9, 0), gpu(8, 0))
     assert parse("cuda", ()).name == "cuda:sm_90"
-    machine(Driver((8, 7)))
+    machine(gpu(8, 7))
     assert parse("cuda", ()).name == "cuda:sm_86"
 
 
 @pytest.mark.parametrize(
-    ("driver", "words"),
+    ("present", "problem", "words"),
     [
-        (Driver(), "the driver answered cuInit with CUDA_ERROR_NO_DEVICE"),
-        (Driver(problem=RuntimeError("no libcuda.")), "there is none to ask: no libcuda.\n"),
-        (None, "the package cuda-bindings is not installed"),
-        (Driver((7, 5)), "compute capability 7.5"),
+        ((), None, "there is none to ask: this machine has no GPU.\n"),
+        (
+            (),
+            UsageError("this machine has no NVIDIA driver."),
+            "there is none to ask: this machine has no NVIDIA driver",
+        ),
+        ((), DriverError("cuInit", "CUDA_ERROR_UNKNOWN", "unknown"), "answered cuInit with CUDA_ERROR_UNKNOWN"),
+        ((gpu(7, 5),), None, "compute capability 7.5"),
     ],
 )
-def test_cuda_without_a_gpu(machine, driver, words):
-    machine(driver)
+def test_cuda_without_a_gpu(machine, present, problem, words):
+    machine(*present, problem=problem)
     with pytest.raises(UsageError) as error:
         parse("cuda", ())
     assert words in str(error.value) and "cuda:sm_90" in str(error.value)
 
 
 def test_no_driver_is_asked_for_an_architecture_that_is_named(machine):
-    machine(Driver(problem=AssertionError("asked")))
+    machine(problem=AssertionError("asked"))
     assert parse("cuda:sm_80", ()).name == "cuda:sm_80"

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from tilewright.codegen import architectures
 from tilewright.runtime import binaries, gpus, sizes, tiles
 from tilewright.runtime.binaries import Binary
 from tilewright.runtime.errors import ArtifactError, ShapeError
@@ -98,17 +97,6 @@ def test_grids_have_a_limit(plans):
 
 
 # -- architectures -----------------------------------------------------------------------------------------------------
-
-
-def test_architectures_agree_with_the_compiler():
-    assert list(ARCHITECTURES) == [one.name for one in architectures.ARCHITECTURES]
-    for one in architectures.ARCHITECTURES:
-        ours = ARCHITECTURES[one.name]
-        assert (ours.major, ours.minor, ours.exact, ours.warps, ours.programs, ours.registers, ours.shared) == (
-            one.major, one.minor, one.exact, one.warps, one.programs, one.registers, one.shared_memory_total,
-        )  # fmt: skip
-        for major, minor in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)):
-            assert ours.runs_binary(major, minor) == one.runs_on(major, minor)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from typing import Any
 
@@ -16,7 +15,7 @@ from .memory import Memory
 from .streams import LEGACY_DEFAULT, Stream
 from .tensors import CUDA
 
-_CODES = {"b": 6, "i": 0, "u": 1, "f": 2}  # of DLPack, by numpy's kind
+_CODES = {"bfloat16": 4, "bool": 6}  # of DLPack, for the dtypes that not every numpy exports
 
 
 class ResultPool:
@@ -240,52 +239,28 @@ def _wait(driver: Any, waiting: Any, done: Any) -> None:
         driver("cuEventDestroy", event)
 
 
-class _Managed(ctypes.Structure):
-    """``DLManagedTensor``."""
+class _Memory:
+    """The memory of an array as numpy describes it. Numpy never reads it, and keeps the array alive."""
 
-    _fields_ = (("tensor", dlpack.DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
-
-
-_exported: dict[int, tuple[Any, ...]] = {}  # by address of the managed tensor: what it needs
-_lock = threading.Lock()
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-def _delete(address: int) -> None:
-    with _lock:
-        kept = _exported.pop(address, None)
-    del kept  # outside of the lock: freeing the array calls the driver
-
-
-_api = ctypes.pythonapi
-_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
-    ("PyCapsule_New", _api)
-)
-_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", _api))
-_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_GetPointer", _api))
-_NAME = b"dltensor"
-
-
-@ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
-def _capsule_ends(capsule: int) -> None:
-    if _is_valid(capsule, _NAME):  # nobody took the tensor: who does renames the capsule
-        _delete(_pointer(capsule, _NAME))
+    def __init__(self, array: DeviceArray, kind: str) -> None:
+        self.array = array
+        self.__array_interface__ = {
+            "version": 3, "shape": array.shape, "typestr": kind, "data": (array.address, False), "strides": None,
+        }  # fmt: skip
 
 
 def _capsule(array: DeviceArray) -> Any:
-    rank = len(array.shape)
-    shape = (ctypes.c_int64 * max(rank, 1))(*array.shape)
-    steps, strides = 1, (ctypes.c_int64 * max(rank, 1))()
-    for axis in reversed(range(rank)):
-        strides[axis] = steps
-        steps *= array.shape[axis]
-    managed = _Managed(deleter=ctypes.cast(_delete, ctypes.c_void_p))
-    tensor = managed.tensor
-    tensor.data, tensor.device_type, tensor.device_id = array.address, CUDA, array.__dlpack_device__()[1]
-    tensor.ndim, tensor.bits, tensor.lanes = rank, array.dtype.itemsize * 8, 1
-    tensor.code = 4 if array.dtype == numpy_dtype("bfloat16") else _CODES[array.dtype.kind]
-    tensor.shape, tensor.strides = shape, strides
-    address = ctypes.addressof(managed)
-    with _lock:
-        _exported[address] = (managed, shape, strides, array)
-    return _new_capsule(address, _NAME, ctypes.cast(_capsule_ends, ctypes.c_void_p).value)
+    """``DLManagedTensor`` in a capsule.
+
+    Numpy makes it, of what it takes for host memory, and the device is written over that. Who takes a tensor may let go
+    of it while an error is being raised or after Python has ended, where functions of C can be called and ours cannot.
+    """
+    code = _CODES.get(array.dtype.name)
+    kind = array.dtype.str if code is None else f"<u{array.dtype.itemsize}"
+    capsule = np.asarray(_Memory(array, kind)).__dlpack__()
+    tensor = dlpack.DLTensor.from_address(dlpack.get_pointer(capsule, b"dltensor"))
+    tensor.device_type, tensor.device_id = array.__dlpack_device__()
+    tensor.data, tensor.byte_offset = array.address, 0
+    if code is not None:
+        tensor.code = code
+    return capsule

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import operator
 import sys
 
 import numpy as np
@@ -181,6 +182,35 @@ def test_torch_takes_results(model, machine, tensors):
     machine._drain_all()
     assert len(machine.allocated) == held - 1
     del machine.streams[7]
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0), (2, 3)])
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "bfloat16", "bool", "uint8", "int8", "int64"])
+def test_every_dtype_is_exported(model, machine, tensors, name, shape):
+    from tilewright.runtime import dlpack
+
+    other = model.entry("chain")(tensors(DLPackTensor, np.zeros(5, np.float32)))[0]
+    y = DeviceArray(other._pool, other._stream, name, shape)
+    capsule = y.__dlpack__()
+    header = _header(capsule)
+    assert dlpack.dtype_of(header) == y.dtype
+    assert (header.data or 0, header.device_type, header.device_id) == (y.address, 2, 0)
+    assert tuple(header.shape[axis] for axis in range(header.ndim)) == shape
+    assert (header.bits, header.lanes, header.byte_offset) == (8 * y.dtype.itemsize, 1, 0)
+
+
+def test_a_consumer_that_refuses_raises_its_own_error(model, machine, tensors):
+    """The capsule then ends while an error is being raised."""
+    y = model.entry("chain")(tensors(DLPackTensor, np.zeros(5, np.float32)))[0]
+    address = y.address
+    for _ in range(2):
+        with pytest.raises(TypeError, match="PyCapsule"):
+            operator.index(y.__dlpack__())
+    assert address in machine.allocated
+    del y
+    gc.collect()
+    machine._drain_all()
+    assert address not in machine.allocated
 
 
 def test_the_pool_can_be_missing(gpu_toy, machine, tensors):

@@ -105,8 +105,6 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Token ids [batch, seq] to logits [batch, seq, vocabulary]; position t sees positions up to t."""
 
-    inverse_frequencies: Tensor
-
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocabulary, config.width)
@@ -115,19 +113,23 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
-        exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
-        self.register_buffer("inverse_frequencies", config.theta**-exponents, persistent=False)
+        self.theta, self.head_size = config.theta, config.head_size
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits of the next token at every position."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device, dtype=torch.float32)
-        angles = positions[:, None] * self.inverse_frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos(), angles.sin()
         x = self.embedding(input_ids)
+        angles = self._angles(input_ids.shape[1], x.device)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.head(self.norm(x))
+
+    def _angles(self, length: int, device: torch.device) -> Tensor:
+        """Angles of the rotary embedding, [length, head_size], in float32 whatever the model computes in."""
+        pairs = torch.arange(0, self.head_size, 2, device=device, dtype=torch.float32)
+        positions = torch.arange(length, device=device, dtype=torch.float32)
+        angles = positions[:, None] * self.theta ** (-pairs / self.head_size)
+        return torch.cat((angles, angles), dim=-1)
 
 
 def build(variant: str, seed: int = 0) -> nn.Module:

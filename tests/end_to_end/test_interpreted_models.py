@@ -31,6 +31,7 @@ HALF: dict[str, tuple[dict[str, int], ...]] = {
     "resnet50": ({"batch": 1},),
     "bert": ({"batch": 2, "seq": 19},),
     "gpt2_tiny": ({"batch": 2, "seq": 19},),
+    "llama_tiny": ({"batch": 2, "seq": 19},),
 }
 
 

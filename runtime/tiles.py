@@ -143,16 +143,18 @@ class CostModel:
         """
         gpu, one, traits = self.gpu, self.architecture, self.traits
         count, resident = self.count(tile), self.resident(tile, binary)
-        each = math.ceil(count / gpu.multiprocessors)  # programs that the busiest multiprocessor runs
+        programs = max(sizes.evaluate(self.variant.units, {**self.values, **tile.values()}), 1)
+        runs = math.ceil(programs / gpu.multiprocessors)  # programs that the busiest multiprocessor runs
+        each = math.ceil(count / programs) * runs  # blocks of the result that these do
         busy = count / each  # multiprocessors' worth
-        waves = 1 if self._blocks != self.variant.units else math.ceil(each / resident)
+        waves = math.ceil(runs / resident)
         wasted = self.capacity(tile) / fewest
         flops = self.flops * wasted
         rate = one.scalar if not traits.tensor else one.tensor // 2 if traits.tf32 else one.tensor
         arithmetic = flops / (busy * gpu.clock * rate)
         cached = max(self.bytes, flops / 2 * traits.item * sum(1 / block for block in self.blocks(tile)))
         copying = cached / (busy * gpu.clock * one.copies)
-        flight = min(resident, each) * max(binary.shared, 32 * binary.warps * BYTES_PER_THREAD) / wasted
+        flight = min(resident, runs) * max(binary.shared, 32 * binary.warps * BYTES_PER_THREAD) / wasted
         memory = self.bytes / min(gpu.bandwidth, busy * flight / LATENCY)
         return START + LATENCY * (waves - 1) / resident + max(arithmetic, copying, memory)
 

@@ -29,7 +29,9 @@ class Anchored(anchors.Anchored):
     ) -> Scope:
         """A scope for one hole, with names of its own. Give it to :meth:`text` when its statements are there."""
         self._holes += 1
-        return Scope(self.kernel, variables, self.storage_dtypes(), scalars=scalars, prefix=f"t{self._holes}_")
+        wide = index_type(self.frame.parameters, self.task.symbols.ranges) == "i64"
+        prefix = f"t{self._holes}_"
+        return Scope(self.kernel, variables, self.storage_dtypes(), scalars=scalars, prefix=prefix, wide=wide)
 
     def text(self, scope: Scope) -> str:
         """The statements of a finished scope."""

@@ -108,6 +108,8 @@ def _decode(work: Anchored) -> Made | None:
     parts = (shared, sizes.ceildiv(found.keys, LEAST_SPLIT), live, found.dv + 2)
     limits = ((found.queries, MOST_QUERIES), (shared, COUNTERS))
     needed = [sizes.compare("le", size, limit) for size, limit in limits if sizes.bounds(size, ranges)[1] > limit]
+    if sizes.bounds(found.keys, ranges)[0] < 1:  # without keys there are no programs, and nothing writes the result
+        needed.append(sizes.compare("le", 1, found.keys))
     cells = ("live[:, None]", _column("e", found.dv).guard)
     within = f"j < {_text(found.keys)}"
     return work.made(

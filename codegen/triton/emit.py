@@ -412,6 +412,8 @@ class Scope:
             shape = inner._shape_of(names)
             if shape:
                 guard, text = inner._masks(names, f"({name} < {text})"), f"tl.max({text})"
+            elif isinstance(extent, int) and count == "range" and self._shared.wide:
+                text = dialect.typed(extent, "int64")  # the variable has the type of the bounds
             heads.append((inner, f"for {name} in {count}(0, {text}):"))
             inner = inner._child({variable: Var(name, (), guard, shape)})
         value = inner.value(expr.body)

@@ -184,6 +184,16 @@ def test_persistent_programs_are_weighed_by_their_blocks():
     assert sizes.evaluate(persistent.units, {"m": 4096, **one.values()}) == 132
 
 
+def test_persistent_programs_that_do_not_run_at_once_take_turns():
+    """A GPU with fewer multiprocessors than the binary has programs runs some of these after all others."""
+    options = [tile(128, 128, 8, PROGRAMS=132), tile(128, 128, 8, PROGRAMS=2**31 - 1)]
+    variant = matmul(*options)
+    variant = dataclasses.replace(variant, units=sizes.minimum(variant.units, "PROGRAMS"))
+    assert choice(variant, m=8192).endswith("x132")
+    fewer = dataclasses.replace(H200, multiprocessors=114)
+    assert not choice(variant, gpu=fewer, m=8192).endswith("x132")
+
+
 def test_capacity_is_what_is_covered():
     variant = matmul(tile(64, 64, SPLIT_K=4), split=True, n=100)
     model = tiles.CostModel(variant, {"m": 100}, ARCHITECTURES["sm_90"], H200, HALF)

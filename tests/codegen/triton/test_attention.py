@@ -260,6 +260,15 @@ def test_few_queries_split_the_keys(attention, dtype):
     assert lowered.used[-1] == general.kernel
 
 
+def test_few_queries_without_a_key_give_zeros(attention):
+    """Split over keys there would be no program to write them."""
+    lowered = attention(
+        Attend(enable_gqa=True), *inputs(2, 8, 2, 2, 20, 32, 32), shapes=FEW | {"k": "batch,2,s:0..4096,32"}
+    )
+    given = inputs(1, 8, 2, 1, 0, 32, 32)
+    assert (lowered(*given) == 0).all()
+
+
 def test_few_queries_with_a_mask(attention):
     """The first part sees nothing, and one query sees nothing at all."""
     q, k, v = inputs(2, 3, 3, 2, 600, 40, 24)

@@ -9,6 +9,7 @@ from tilewright.codegen.triton.dialect import literal, size
 from tilewright.codegen.triton.emit import Row, Scope, Var, merge_shapes
 from tilewright.codegen.values import Kernel
 from tilewright.runtime import sizes
+from tilewright.runtime.plan import Tile, TileConstant
 
 HEAD = "import triton\nimport triton.language as tl\nimport tw_math as tw\n\n\n@triton.jit\n"
 ROWS, COLUMNS = 5, 11
@@ -86,6 +87,24 @@ def test_loops_whose_bounds_vary_by_element(interpret):
     text = source("x0, y0, XBLOCK: tl.constexpr", scope.lines, row=False)
     got = interpret(text, "kernel", [values, np.zeros_like(values)], constants={"XBLOCK": 8}, grid=1)[1]
     np.testing.assert_allclose(got, np.cumsum(values.astype(np.float64)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_variables_of_loops_have_the_type_of_indices(interpret, compile_cubin, wide):
+    """A stride times the variable of a loop may be 2^31 and more."""
+    values = np.random.default_rng(2).standard_normal((50, ROWS)).astype(np.float32)
+    kernel = Kernel({})
+    kernel.variable("i0", ROWS)
+    kernel.variable("j", 50)
+    b = kernel.builder
+    total = b.reduce("sum", (("j", 50),), kernel.buffer("x0", (50, ROWS), "float32").at(("j", "i0")), "float32")
+    scope = Scope(kernel, {"i0": Var("x", ("XBLOCK",), "x_in")}, {"x0": "float32", "y0": "float32"}, wide=wide)
+    scope.store("y0", "i0", total)
+    text = source("x0, y0, XBLOCK: tl.constexpr", scope.lines, row=False)
+    got = interpret(text, "kernel", [values, np.zeros(ROWS, np.float32)], constants={"XBLOCK": 8}, grid=1)[1]
+    np.testing.assert_allclose(got, values.astype(np.float64).sum(0), rtol=1e-5)
+    made = compile_cubin(text, "kernel", ["*fp32", "*fp32"], Tile("t", (TileConstant("XBLOCK", 8),), 1, 1), "sm_90")
+    assert made.registers and ("range(0, tl.full((), 50, tl.int64))" in text) == wide
 
 
 def test_masks_wider_than_the_offset_they_guard(interpret):

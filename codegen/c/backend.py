@@ -12,13 +12,11 @@ from dataclasses import dataclass
 
 from ...runtime import sizes
 from ...runtime.plan import Plan, Ref, Variant
-from ...runtime.sizes import Size
 from ..artifact import TargetBinaries
 from ..cache import Cache
 from ..lower import KernelSource
-from ..symbols import PREFIX
 from ..targets import Target
-from . import dialect
+from .description import description, size_text, symbol_lines, text
 from .toolchain import INCLUDE_DIRECTORY, Compiler, Source, compile_objects, link_shared
 
 STEPS_PER_FUNCTION = 64  # compilers take more than linear time over one function
@@ -45,18 +43,18 @@ def build(
 
     ``progress`` is called with ``"3 of 12: name"`` when a source is compiled.
     """
-    sources = [Source(kernel.name, kernel.text) for kernel in kernels]
-    sources += [Source(f"entry_{plan.entry}", entry_source(plan)) for plan in plans]
-    sources.append(Source("weights", weights_source(weights)))
-    sources.append(Source("tw_runtime", (INCLUDE_DIRECTORY / "tw_runtime.c").read_text()))
+    shared = [Source(kernel.name, kernel.text) for kernel in kernels]
+    shared += [Source(f"entry_{plan.entry}", entry_source(plan)) for plan in plans]
+    shared.append(Source("tw_runtime", (INCLUDE_DIRECTORY / "tw_runtime.c").read_text()))
     finished = itertools.count(1)
 
     def report(name: str) -> None:
         if progress:
-            progress(f"{next(finished)} of {len(sources) * len(targets)}: {name}")
+            progress(f"{next(finished)} of {(len(shared) + 1) * len(targets)}: {name}")
 
     binaries = []
     for target in targets:
+        sources = [*shared, Source("weights", weights_source(weights, target))]
         objects = compile_objects(compiler, sources, target, cache=cache, progress=report)
         library = link_shared(compiler, objects, target)
         files = {f"{source.name}.c": source.text.encode() for source in sources}
@@ -67,12 +65,13 @@ def build(
     return binaries
 
 
-def weights_source(weights: Weights) -> str:
-    """The file that binds a library to its weights."""
+def weights_source(weights: Weights, target: Target) -> str:
+    """The file that says what a library belongs to: its weights, and the processors that have its features."""
     return (
-        '#include "tw_runtime.h"\n\n'
+        '#include "tw_entry.h"\n\n'
         f'TW_API const char tw_weights_id[65] = "{weights.id}";\n'
         f"TW_API const int64_t tw_weights_size = {weights.size};\n"
+        f"TW_API const char tw_features[] = {text(' '.join(target.features))};\n"
     )
 
 
@@ -80,7 +79,7 @@ def entry_source(plan: Plan) -> str:
     """The C file of one entry point."""
     names = sorted({variant.kernel for step in plan.steps for variant in step.variants})
     groups = [plan.steps[start : start + STEPS_PER_FUNCTION] for start in range(0, len(plan.steps), STEPS_PER_FUNCTION)]
-    lines = ['#include "tw_math.h"', '#include "tw_runtime.h"', ""]
+    lines = ['#include "tw_entry.h"', '#include "tw_math.h"', ""]
     lines += [
         f"void {name}(void *const *restrict, const int64_t *restrict, int64_t, int64_t, int32_t *restrict);"
         for name in names
@@ -97,22 +96,14 @@ def entry_source(plan: Plan) -> str:
         f"    tw_arena_{plan.entry}(call->symbols, offsets);",
     ]
     lines += [f"    tw_steps_{number}(call, offsets);" for number in range(len(groups))]
-    lines += ["    return call->fault;", "}", ""]
+    lines += ["    return call->fault;", "}", "", *description(plan), ""]
     return "\n".join(lines)
-
-
-def _symbol_lines(plan: Plan, source: str) -> list[str]:
-    lines = []
-    for position, symbol in enumerate(plan.symbols):
-        name = PREFIX + symbol.name
-        lines += [f"    const int64_t {name} = {source}[{position}];", f"    (void){name};"]
-    return lines
 
 
 def _arena_function(plan: Plan) -> list[str]:
     """Offsets by stacking every buffer on those below it."""
     head = f"TW_API int64_t tw_arena_{plan.entry}(const int64_t *symbols, int64_t *offsets)"
-    lines = [f"{head};", f"{head} {{", *_symbol_lines(plan, "symbols"), "    (void)symbols;", "    int64_t size = 0;"]
+    lines = [f"{head};", f"{head} {{", *symbol_lines(plan, "symbols"), "    (void)symbols;", "    int64_t size = 0;"]
     placed: set[int] = set()
     order: list[int] = []
     waiting = list(range(len(plan.buffers)))
@@ -128,7 +119,7 @@ def _arena_function(plan: Plan) -> list[str]:
         for end in ends:
             start = end if start == "0" else f"tw_max_i64({start}, {end})"
         lines.append(f"    const int64_t at{index} = {start}; /* {buffer.name} */")
-        lines.append(f"    const int64_t end{index} = at{index} + ({_size(buffer.bytes)} + 63) / 64 * 64;")
+        lines.append(f"    const int64_t end{index} = at{index} + ({size_text(buffer.bytes)} + 63) / 64 * 64;")
         lines.append(f"    size = tw_max_i64(size, end{index});")
     if order:
         lines.append("    if (offsets) {")
@@ -141,14 +132,14 @@ def _arena_function(plan: Plan) -> list[str]:
 
 def _steps_function(plan: Plan, number: int, first: int, last: int) -> list[str]:
     lines = [f"static void tw_steps_{number}(tw_call *call, const int64_t *offsets) {{"]
-    lines += [*_symbol_lines(plan, "call->symbols"), "    (void)offsets;"]
+    lines += [*symbol_lines(plan, "call->symbols"), "    (void)offsets;"]
     for index in range(first, last):
         step = plan.steps[index]
         where = step.origin.module or " ".join(step.origin.nodes)
         lines.append(f"    /* {index}: {where.replace('*/', '')} {step.origin.source} */".rstrip())
         for position, variant in enumerate(step.variants):
             guarded = len(step.variants) > 1 and position < len(step.variants) - 1
-            head = f"if ({_size(variant.guard)}) " if guarded else ""
+            head = f"if ({size_text(variant.guard)}) " if guarded else ""
             lines.append(f"    {'else ' if position else ''}{head}{{")
             lines += [f"        {line}" for line in _launch(plan, index, position, variant)]
             lines.append("    }")
@@ -157,18 +148,13 @@ def _steps_function(plan: Plan, number: int, first: int, last: int) -> list[str]
 
 def _launch(plan: Plan, step: int, position: int, variant: Variant) -> list[str]:
     operands = ", ".join(_operand(plan, ref) for ref in variant.operands)
-    dims = ", ".join(_size(size) for size in variant.sizes) or "0"
-    work = sizes.add(variant.flops, variant.bytes)
+    dims = ", ".join(size_text(size) for size in variant.sizes) or "0"
+    units, work = size_text(variant.units), size_text(sizes.add(variant.flops, variant.bytes))
     return [
         f"void *const buf[] = {{{operands}}};",
         f"const int64_t dim[] = {{{dims}}};",
-        f"tw_step(call, {step}, {position}, {variant.kernel}, buf, dim, {_size(variant.units)}, {_size(work)});",
+        f"tw_step(call, {step}, {position}, {variant.kernel}, buf, dim, {units}, {work});",
     ]
-
-
-def _size(size: Size) -> str:
-    """A size of the plan in C, its symbols under the names of :func:`_symbol_lines`."""
-    return dialect.size(sizes.substitute(size, {name: PREFIX + name for name in sizes.symbols_of(size)}))
 
 
 def _operand(plan: Plan, ref: Ref) -> str:

@@ -16,8 +16,6 @@ import datetime
 import json
 import platform
 import re
-import select
-import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -25,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from .gpu_report import report, summary
-from .gpu_state import OtherMachine, State
 from .gpu_units import Unit, units
+from .process import Process
+from .state import OtherMachine, State
 
 OK, FAILED, USAGE, NO_GPU = 0, 1, 2, 3
 RESULTS = Path(__file__).parent / "results"
@@ -36,32 +35,18 @@ class Worker:
     """A process that measures one unit after the other; started again when one of them ends it or hangs."""
 
     def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
+        self.process: Process | None = None
 
     def run(self, unit: Unit, limit: float) -> dict[str, Any]:
         """The unit's numbers, or ``{"error": text}``."""
-        if self.process is None or self.process.poll() is not None:
-            command = [sys.executable, "-m", "benchmarks.gpu_worker"]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps([unit.kind, unit.parameters]) + "\n")
-            self.process.stdin.flush()
-            ready, _, _ = select.select([self.process.stdout], [], [], limit)
-            line = self.process.stdout.readline() if ready else ""
-        except BrokenPipeError:
-            line, ready = "", [True]
-        if line:
-            answer: dict[str, Any] = json.loads(line)
-            return answer
-        self.close()
-        return {"error": "the process ended" if ready else f"no answer in {limit:.0f} s"}
+        if self.process is None or self.process.ended:
+            self.process = Process("benchmarks.gpu_worker")
+        return self.process.ask([unit.kind, unit.parameters], limit)
 
     def close(self) -> None:
         """End the process."""
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+            self.process.close()
             self.process = None
 
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .gpu_state import describe
 from .gpu_units import RIVALS, Unit
+from .state import describe
 
 Results = Mapping[str, Mapping[str, Any]]
 

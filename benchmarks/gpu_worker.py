@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import gc
-import json
-import os
-import sys
+from typing import Any
+
+from .process import serve
 
 
 def main() -> None:
     """Answer until the input ends. An error that may have spoilt the device ends the process after its answer."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what compilers print does not get between the answers
     import torch
 
     from .gpu_measure import KINDS
 
-    for line in sys.stdin:
-        kind, parameters = json.loads(line)
-        try:
-            answer = KINDS[kind](**parameters)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}".partition("\n")[0][:500]}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-        if "error" in answer:
-            return
+    def handle(request: Any) -> dict[str, Any]:
+        kind, parameters = request
+        answer = KINDS[kind](**parameters)
         gc.collect()
         torch.cuda.empty_cache()
         torch.compiler.reset()
+        return answer
+
+    serve(handle)
 
 
 if __name__ == "__main__":

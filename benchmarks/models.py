@@ -30,6 +30,8 @@ from tilewright import models
 from tilewright.compiler.driver import compile as compile_model
 from tilewright.compiler.frontends.huggingface import load_checkpoint
 
+from .values import flatten
+
 
 @dataclass(frozen=True)
 class Case:
@@ -134,14 +136,6 @@ def interleave(calls: Sequence[Callable[[], Any]], repeat: int) -> list[list[flo
             call()
             record.append(time.perf_counter() - start)
     return times
-
-
-def flatten(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in flatten(item)]
-    if isinstance(value, tuple | list):
-        return [leaf for item in value for leaf in flatten(item)]
-    return [value]
 
 
 def errors(reference: list[torch.Tensor], values: list[Any]) -> list[float]:

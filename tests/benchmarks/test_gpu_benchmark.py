@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """``benchmark("gpu_state")``: a module of the folder, which is no package of ours."""
+    """``benchmark("state")``: a module of the folder, which is no package of ours."""
     monkeypatch.syspath_prepend(str(ROOT))
     return lambda name: import_module(f"benchmarks.{name}")
 
@@ -66,7 +66,7 @@ def test_every_kind_of_unit_can_be_measured(benchmark):
 
 
 def test_the_state_goes_on_where_it_ended(benchmark, tmp_path):
-    states = benchmark("gpu_state")
+    states = benchmark("state")
     machine = {"gpu": "NVIDIA H200", "torch": "2.13.0"}
     state = states.State.open(tmp_path / "state.json", machine)
     state.record("matmul/a", {"us": 1.5})
@@ -80,7 +80,7 @@ def test_the_state_goes_on_where_it_ended(benchmark, tmp_path):
 
 
 def test_measures_what_is_not_done_and_keeps_to_its_time(benchmark, tmp_path, monkeypatch):
-    main, states, planning = benchmark("gpu"), benchmark("gpu_state"), benchmark("gpu_units")
+    main, states, planning = benchmark("gpu"), benchmark("state"), benchmark("gpu_units")
     asked = []
     monkeypatch.setattr(main.Worker, "run", lambda self, unit, limit: asked.append(unit.name) or {"us": 1.0})
     planned = [planning.Unit(name, "matmul", {}, seconds) for name, seconds in (("a", 5), ("b", 50), ("c", 5))]

@@ -1,4 +1,4 @@
-"""The state of the GPU benchmark: one JSON file with what was measured, so that a run goes on where one ended."""
+"""The state of a benchmark: one JSON file with what was measured, so that a run goes on where one ended."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class State:
 
     Attributes:
         path: of the file, which is replaced after every unit.
-        machine: GPU, driver and versions.
+        machine: processor or GPU, and versions.
         results: of every unit that was run: its numbers, or ``{"error": text}``.
     """
 

@@ -114,13 +114,15 @@ def describe(driver: Driver, device: Any) -> Gpu:
     def attribute(name: str) -> int:
         return int(driver("cuDeviceGetAttribute", getattr(kinds, f"CU_DEVICE_ATTRIBUTE_{name}"), device))
 
+    # GPUs that share the host's memory report no rates of it: those of LPDDR5X, as the cost model divides by them.
+    bandwidth = 2e3 * attribute("MEMORY_CLOCK_RATE") * attribute("GLOBAL_MEMORY_BUS_WIDTH") / 8
     return Gpu(
         name=driver("cuDeviceGetName", 256, device).split(b"\0")[0].decode(),
         major=attribute("COMPUTE_CAPABILITY_MAJOR"),
         minor=attribute("COMPUTE_CAPABILITY_MINOR"),
         multiprocessors=attribute("MULTIPROCESSOR_COUNT"),
-        clock=1e3 * attribute("CLOCK_RATE"),
-        bandwidth=2e3 * attribute("MEMORY_CLOCK_RATE") * attribute("GLOBAL_MEMORY_BUS_WIDTH") / 8,
+        clock=1e3 * attribute("CLOCK_RATE") or 1.5e9,
+        bandwidth=bandwidth or 2.7e11,
         memory=int(driver("cuDeviceTotalMem", device)),
         shared_limit=attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
         cache=attribute("L2_CACHE_SIZE"),

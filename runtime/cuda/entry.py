@@ -218,7 +218,9 @@ class CudaEntry(Entry[CudaWorkspace]):
     ) -> None:
         """Upload the inputs that are in host memory; reserve room for the outputs that go there."""
         border, addresses, stream = call.prepared.border, call.addresses, workspace.stream.handle
+        kind = driver.api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
         base = -1  # no room is needed where everything is on the device
+        reading = False
         for index, item in enumerate(inputs):
             if isinstance(item, DeviceTensor):
                 addresses["input", index] = item.address
@@ -227,7 +229,12 @@ class CudaEntry(Entry[CudaWorkspace]):
                 base = workspace.block("border", border.bytes, "inputs and outputs").address
             addresses["input", index] = place = base + border.inputs[index]
             if item.nbytes:
-                driver("cuMemcpyHtoDAsync", place, item.ctypes.data, item.nbytes, stream)
+                source = item.ctypes.data
+                driver("cuMemcpyHtoDAsync", place, source, item.nbytes, stream)
+                # Of memory that is not page-locked there is a copy now; the driver does not know its address.
+                reading = reading or not (workspace.stream.ours or driver.status("cuPointerGetAttribute", kind, source))
+        if reading:
+            driver("cuStreamSynchronize", stream)  # the caller may change or free its array when the call returns
         for index, array in enumerate(outputs):
             if array is None:
                 continue

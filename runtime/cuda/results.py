@@ -73,11 +73,14 @@ class ResultPool:
 
         def give_back() -> None:
             driver = context.driver
-            if readers is None or self._pool is None:
-                driver("cuCtxSynchronize")
-            else:
-                for reader in readers - {self.home.number}:
+            try:
+                for reader in (readers or set()) - {self.home.number}:
                     _wait(driver, self.home.handle, driver.api.CUstream(reader))
+                known = readers is not None
+            except DriverError:  # a stream that its owner has destroyed
+                known = False
+            if not known or self._pool is None:
+                driver("cuCtxSynchronize")
             if self._pool is None:
                 driver("cuMemFree", address)
             else:

@@ -64,6 +64,7 @@ class CUfunction_attribute(IntEnum):
 
 
 class CUpointer_attribute(IntEnum):
+    CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2
     CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9
 
 
@@ -427,7 +428,11 @@ class FakeCuda:
         self._give(stream, lambda: self._store(target, bytes([value]) * count))
 
     def cuPointerGetAttribute(self, attribute: Any, address: Any) -> int:
-        return self.ordinal_of_pointers
+        if attribute is CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+            return self.ordinal_of_pointers
+        if not self._pinned(int(address)):
+            raise Failure(CUresult.CUDA_ERROR_INVALID_VALUE)  # of memory that the driver does not know
+        return 1
 
     # -- streams and events --------------------------------------------------------------------------------------------
 

@@ -172,6 +172,7 @@ CUresult cuMemsetD8Async(CUdeviceptr target, unsigned char value, size_t count, 
     return memset((void *)target, value, count), CUDA_SUCCESS;
 }
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr address) {
+    if (attribute == CU_POINTER_ATTRIBUTE_MEMORY_TYPE) return CUDA_ERROR_INVALID_VALUE; /* memory it does not know */
     if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL || !address) return wrong("attribute of a pointer");
     return *(int *)value = 0, CUDA_SUCCESS;
 }

@@ -75,6 +75,17 @@ def test_no_such_gpu(gpu_toy, machine):
     assert "this machine has cuda:0 to cuda:1" in refused(gpu_toy, UsageError, "cuda:3")
 
 
+def test_a_gpu_that_reports_no_rates(gpu_toy, machine, toy_reference):
+    """One that shares the host's memory."""
+    known = machine.cuDeviceGetAttribute
+    names = ("CLOCK_RATE", "MEMORY_CLOCK_RATE", "GLOBAL_MEMORY_BUS_WIDTH")
+    silent = {getattr(machine.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}") for name in names}
+    machine.cuDeviceGetAttribute = lambda kind, device: 0 if kind in silent else known(kind, device)[1]
+    x, idx = np.ones((64, 8), np.float32), np.arange(64) % 10
+    with tilewright.load(gpu_toy, device="cuda") as model:
+        np.testing.assert_allclose(model(x, idx), toy_reference(x, idx), rtol=1e-6)
+
+
 def test_no_architecture_fits(gpu_toy, machine):
     machine.capability = (8, 6)
     message = refused(gpu_toy, ArtifactError)

@@ -380,3 +380,31 @@ def test_the_default_stream(gpu_toy, machine, tensors, toy_reference):
         assert y.__cuda_array_interface__["stream"] == 1
         np.testing.assert_allclose(y.numpy(), toy_reference(x, idx), rtol=1e-6)
         del y
+
+
+def test_page_locked_inputs_are_read_when_a_call_in_a_stream_returns(streamed, machine, tensors, toy_reference):
+    """Copies from them are asynchronous, and the caller may write into them next."""
+    x, idx = inputs(5)
+    y, second = tensors(DLPackTensor, np.zeros((5, 4), np.float32)), tensors(DLPackTensor, idx)
+    address = int(machine._allocate(x.nbytes, "host"))
+    locked = np.frombuffer((ctypes.c_uint8 * x.nbytes).from_address(address), np.float32).reshape(x.shape)
+    for _ in range(3):
+        locked[...] = x
+        streamed(locked, second, out=y)
+        locked[...] = 0
+        machine._drain(0x50)
+        np.testing.assert_allclose(y.array(), toy_reference(x, idx), rtol=1e-6)
+    del machine.allocated[address]
+
+
+def test_results_are_freed_when_a_reader_is_gone(model, machine, tensors):
+    y = model.entry("chain")(tensors(DLPackTensor, np.zeros(5, np.float32)))[0]
+    address, others = y.address, machine.calls["cuCtxSynchronize"]
+    machine.streams[0x77] = machine.streams[0].__class__()
+    capsule = y.__dlpack__(stream=0x77)
+    del machine.streams[0x77], capsule
+    del y
+    gc.collect()
+    machine._drain_all()
+    assert address not in machine.allocated
+    assert machine.calls["cuCtxSynchronize"] == others + 1  # instead of waiting for the stream

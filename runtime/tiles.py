@@ -154,7 +154,8 @@ class CostModel:
         arithmetic = flops / (busy * gpu.clock * rate)
         cached = max(self.bytes, flops / 2 * traits.item * sum(1 / block for block in self.blocks(tile)))
         copying = cached / (busy * gpu.clock * one.copies)
-        flight = min(resident, runs) * max(binary.shared, 32 * binary.warps * BYTES_PER_THREAD) / wasted
+        ahead = binary.shared * (tile.stages - 1) / tile.stages  # one stage is worked on, the others are on their way
+        flight = min(resident, runs) * max(ahead, 32 * binary.warps * BYTES_PER_THREAD) / wasted
         memory = self.bytes / min(gpu.bandwidth, busy * flight / LATENCY)
         return START + LATENCY * (waves - 1) / resident + max(arithmetic, copying, memory)
 

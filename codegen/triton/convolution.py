@@ -1,6 +1,7 @@
 """The convolution family of the Triton dialect: three templates behind one operator.
 
-- ``convolution.py.jinja``: an image in channels_last with at least 16 channels per group, as a product of matrices.
+- ``convolution.py.jinja``: an image in channels_last with at least 16 channels per group, as a product of matrices;
+  with fewer channels where rows of a window lie inside of the image (patch embeddings).
 - ``convolution_gathered.py.jinja``: the same through the input's index function: few channels (the first layer of a
   network on RGB), other layouts, small groups, one-dimensional and transposed convolutions.
 - ``depthwise.py.jinja``: one input channel per group.
@@ -42,7 +43,7 @@ from .frame import Extra
 __all__ = ["TARGETS", "convolution_family"]
 
 LEAST_RUN = 16
-"""Channels per group from which on a tap is read as one run of elements."""
+"""Neighbouring terms from which on they are read as one run of elements."""
 
 _MOST_TAPS = 32  # along an axis, where a bit says whether a tap lies inside
 
@@ -56,10 +57,20 @@ def convolution_family(task: Task) -> Sequence[Made]:
     if g.groups == g.channels and g.groups > 1:
         packed = task.packed(found.source, _packing(g, "hwoi", found.dtype))
         return [_depthwise(task, found, packed)]
-    direct = last and not g.turned and g.channels // g.groups >= LEAST_RUN and max(g.kernel) <= _MOST_TAPS
+    run = 0
+    if last and not g.turned and max(g.kernel) <= _MOST_TAPS:
+        run = _run(g)
     order = "ohwi" if last or g.taps == 1 else "oihw"
     packed = task.packed(found.source, _packing(g, order, found.dtype))
-    return [_Product(task, found, packed, order, direct).made()]
+    return [_Product(task, found, packed, order, run).made()]
+
+
+def _run(g: Geometry) -> int:
+    """How many terms of a window lie side by side in channels_last, 0 where they are too few to be read together."""
+    run = g.channels // g.groups
+    if run < LEAST_RUN and g.groups == 1 and g.dilation[1] == 1 and not g.reaches[1]:
+        run *= g.kernel[1]
+    return run if run >= LEAST_RUN else 0
 
 
 def _packing(g: Geometry, order: str, dtype: str) -> Packing:
@@ -200,13 +211,22 @@ def _depthwise(task: Task, found: Convolution, packed: Storage) -> Made:
 
 @dataclass
 class _Product:
-    """A convolution that is a product of matrices."""
+    """A convolution that is a product of matrices.
+
+    ``run`` terms lie side by side, the channels of a tap or of a row of taps; 0 where each is looked up by itself.
+    """
 
     task: Task
     found: Convolution
     packed: Storage
     order: str
-    direct: bool
+    run: int
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Runs of a window, down and across."""
+        g = self.found.geometry
+        return g.kernel if self.run == g.channels // g.groups else (g.kernel[0], 1)
 
     def made(self) -> Made:
         """The kernel with its tiles."""
@@ -232,15 +252,17 @@ class _Product:
             )
         whole = all(outputs % tile.values()["BLOCK_N"] == 0 for tile in tiles)
         (block_k,) = {tile.values()["BLOCK_K"] for tile in tiles}
-        run = g.channels // g.groups if self.direct else g.depth
+        run = self.run or g.depth
         context = here.context(g, self.packed)
-        if self.direct:
+        if self.run:
             image = self.task.storage_of(found.x)
             assert image is not None
             h, w, c = here.images.h, here.images.w, g.channels
             position = sizes.mul(sizes.add(sizes.mul(sizes.add(sizes.mul(here.n, h), "top"), w), "left"), c)
             down, right = (sizes.mul(name, step) for name, step in zip(("i", "j"), g.dilation, strict=True))
             context |= {
+                "KH": self.kernel[0],
+                "KW": self.kernel[1],
                 "x": here.work.frame.name(image),
                 "first": dialect.size(position),
                 "across_taps": _text(sizes.mul(sizes.add(sizes.mul(down, w), right), c)),
@@ -248,7 +270,7 @@ class _Product:
         else:
             context |= self._gather(here, run % block_k > 0)
         return here.work.made(
-            "convolution.py.jinja" if self.direct else "convolution_gathered.py.jinja",
+            "convolution.py.jinja" if self.run else "convolution_gathered.py.jinja",
             family="convolution",
             units=sizes.mul(count, "SPLIT_K"),
             flops=g.flops(here.images.n, here.images.oh, here.images.ow),
@@ -256,7 +278,7 @@ class _Product:
             extras=extras,
             sizes_used=(*here.sizes_used(), *(extra.storage.shape[0] for extra in extras)),
             guard=1,
-            IC=g.channels // g.groups,
+            IC=self.run or g.channels // g.groups,
             OG=outputs,
             groups=g.groups,
             split=split,
@@ -269,7 +291,7 @@ class _Product:
     def _choices(self, pixels: Size) -> tuple[Choice, ...]:
         g = self.found.geometry
         least, most = sizes.bounds(pixels, self.task.symbols.ranges)
-        runs, run = (g.taps, g.channels // g.groups) if self.direct else (0, g.depth)
+        runs, run = (self.kernel[0] * self.kernel[1], self.run) if self.run else (0, g.depth)
         unit = self.task.precision if self.found.dtype == "float32" else "half"
         shape = Shape(most, g.outputs // g.groups, g.groups, runs, run, ITEM_BYTES[self.found.dtype], unit)
         return product_tiles(shape, least)

@@ -84,6 +84,10 @@ DIRECT = [
     (nn.Conv2d(16, 16, 1, padding=1), (1, 16, 3, 3)),
     (nn.Conv2d(16, 4, 3, padding=4, dilation=3), (1, 16, 5, 5)),
 ]
+ROWS = [
+    (nn.Conv2d(3, 20, 8, stride=8), (2, 3, 17, 24)),
+    (nn.Conv2d(3, 9, (3, 7), stride=2, padding=(1, 0), dilation=(2, 1)), (1, 3, 9, 17)),
+]
 GATHERED = [
     (nn.Conv2d(3, 37, 7, stride=2, padding=3), (2, 3, 13, 11)),
     (nn.Conv2d(5, 3, 3), (1, 5, 5, 6)),
@@ -113,6 +117,15 @@ def test_direct(convolved, module, shape):
     kernels = convolved(module, given(*shape))
     assert templates(kernels) == ["direct"]
     agree(kernels, module, given(*shape))
+
+
+@pytest.mark.parametrize(("module", "shape"), ROWS, ids=str)
+def test_rows_of_taps_in_one_run(convolved, module, shape):
+    """Of an image in channels_last, as a kernel before the convolution leaves it."""
+    layers = Layers(nn.ReLU(), module)
+    kernels = convolved(layers, given(*shape))
+    assert templates(kernels) == ["direct"]
+    agree(kernels, layers, given(*shape))
 
 
 @pytest.mark.parametrize(("module", "shape"), GATHERED, ids=str)
@@ -275,3 +288,14 @@ def test_binaries(convolved, compile_cubin, name, dtype):
         compile_cubin.good(kernel.text, kernel.name, kernel.signature, kernel.tiles[0], arch)
         compiled = compile_cubin(kernel.text, kernel.name, kernel.signature, kernel.tiles[0], arch)
         assert compiled.shared + compiled.static_shared <= 99 * 1024
+
+
+@pytest.mark.parametrize("before", [[], [nn.ReLU()]], ids=["rows", "channels_last"])
+def test_patches_are_copied_16_bytes_at_a_time(convolved, compile_cubin, before):
+    """Neither layout of the image leaves a load that is not asynchronous in the loop."""
+    module = Layers(*before, nn.Conv2d(3, 64, 16, stride=16).half())
+    kernels = convolved(module, given(2, 3, 64, 64, dtype=torch.float16))
+    (kernel,) = (kernel for kernel in kernels.kernels.values() if kernel.name.startswith("convolution"))
+    ptx = compile_cubin(kernel.text, kernel.name, kernel.signature, kernel.tiles[0], "sm_90").ptx
+    assert "cp.async.cg.shared.global" in ptx and "cp.async.ca" not in ptx
+    assert "ld.global" not in ptx[: ptx.rindex("cp.async.cg.shared.global")]

@@ -43,11 +43,12 @@ typedef struct {
 } Executable;
 
 static Run run;
-static int problems, alive, retained, initialised;
+static int problems, alive, retained, ended;
 static _Thread_local int depth;
 static int context_mark = CONTEXT;
 
 void fake_set_run(Run given) { run = given; }
+void fake_end(void) { ended = 1; } /* as when the process ends: every call fails */
 int fake_problems(void) { return problems; }
 int fake_alive(void) { return alive + retained; }
 
@@ -85,7 +86,7 @@ static CUresult ready(const char *function, CUstream stream) {
 }
 #define READY(stream) if (ready(__func__, stream)) return CUDA_ERROR_INVALID_HANDLE
 
-CUresult cuInit(unsigned flags) { return initialised = 1, flags ? wrong("cuInit: flags") : CUDA_SUCCESS; }
+CUresult cuInit(unsigned flags) { return flags ? wrong("cuInit: flags") : CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int *version) { return *version = 13000, CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult error, const char **text) { return (void)error, *text = "some error", CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int *count) { return *count = 1, CUDA_SUCCESS; }
@@ -112,9 +113,11 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
     return (void)device, retained++, *context = (CUcontext)&context_mark, CUDA_SUCCESS;
 }
 CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
+    if (ended) return CUDA_ERROR_DEINITIALIZED;
     return (void)device, --retained < 0 ? wrong("released twice") : CUDA_SUCCESS;
 }
 CUresult cuCtxPushCurrent(CUcontext context) {
+    if (ended) return CUDA_ERROR_DEINITIALIZED;
     return is(context, CONTEXT) && retained ? (depth++, CUDA_SUCCESS) : wrong("no context");
 }
 CUresult cuCtxPopCurrent(CUcontext *context) {

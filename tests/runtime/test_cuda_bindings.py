@@ -182,5 +182,6 @@ def test_calls(library, gpu_toy, tmp_path):
     run(library, copy, BEGIN + CALLS)
 
 
-def test_a_process_may_end_with_everything_alive(library, gpu_toy):
-    run(library, gpu_toy, BEGIN + EXIT)
+@pytest.mark.parametrize("before", ["", "import atexit\natexit.register(lib.fake_end)\n"], ids=["", "driver ended"])
+def test_a_process_may_end_with_everything_alive(library, gpu_toy, before):
+    run(library, gpu_toy, BEGIN + before + EXIT)

@@ -1,6 +1,6 @@
 """The C dialect: how types, literals, sizes, operations and reductions are written in C.
 
-Functions named ``tw_*`` live in ``templates/c/tw_math.h``.
+Functions named ``tw_<operation>_<type>`` live in ``templates/c/tw_math.h``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from ...runtime import sizes
 from ...runtime.sizes import Size
+from ..operations import FUNCTIONS, INFIX, may_be_negative
 
 TYPES = {
     "float64": "double",
@@ -24,24 +25,10 @@ TYPES = {
 }
 STORAGE = TYPES | {"float16": "uint16_t", "bfloat16": "uint16_t", "bool": "uint8_t"}
 
-_INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
-    "bitand": "&", "bitor": "|", "bitxor": "^", "shl": "<<", "shr": ">>",
-}  # fmt: skip
 _SIZE_SIGNS = {
     "add": " + ", "mul": " * ", "floordiv": " / ", "mod": " % ", "eq": " == ", "ne": " != ", "le": " <= ", "lt": " < ",
 }  # fmt: skip
 _FLOOR = {"floordiv": "tw_floordiv_i64", "mod": "tw_remainder_i64"}
-_LOGIC = {"and": "&", "or": "|", "xor": "^"}
-# Operations with a function per type in tw_math.h: tw_<name>_f32 and, for doubles, tw_<name>_f64.
-FUNCTIONS = frozenset(
-    (
-        "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "tanh", "erf", "sigmoid", "softplus", "sin", "cos",
-        "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "sqrt", "rsqrt", "pow", "atan2",
-        "floor", "ceil", "round", "trunc", "maximum", "minimum", "fmod", "remainder", "floordiv", "sign", "gelu",
-        "gelu_tanh", "silu",
-    )
-)  # fmt: skip
 EXPENSIVE = frozenset(FUNCTIONS - {"floor", "ceil", "trunc", "maximum", "minimum", "sign"}) | {"div"}
 
 
@@ -57,19 +44,9 @@ def size(value: Size) -> str:
     args = [_operand(arg) for arg in value.args]
     if value.op in ("max", "min"):
         return f"tw_{value.op}_i64({args[0]}, {args[1]})"
-    if value.op in _FLOOR and _may_be_negative(value.args[0]):
+    if value.op in _FLOOR and may_be_negative(value.args[0]):
         return f"{_FLOOR[value.op]}({size(value.args[0])}, {size(value.args[1])})"
     return _SIZE_SIGNS[value.op].join(args).replace("+ -", "- ")
-
-
-def _may_be_negative(value: Size) -> bool:
-    if isinstance(value, int):
-        return value < 0
-    if isinstance(value, str) or value.op in ("mod", "eq", "ne", "le", "lt"):
-        return False
-    if value.op == "max":
-        return all(map(_may_be_negative, value.args))
-    return any(map(_may_be_negative, value.args))
 
 
 def _operand(value: Size) -> str:
@@ -128,10 +105,8 @@ def call(op: str, dtype: str, arg_dtypes: list[str], args: list[str]) -> str:
         return _cast(arg_dtypes[0], dtype, args[0])
     if op == "where":
         return f"{args[0]} ? {args[1]} : {args[2]}"
-    if op in _INFIX:
-        return f"{args[0]} {_INFIX[op]} {args[1]}"
-    if op in _LOGIC:
-        return f"{args[0]} {_LOGIC[op]} {args[1]}"
+    if op in INFIX:
+        return f"{args[0]} {INFIX[op]} {args[1]}"
     if op == "not":
         return f"!{args[0]}"
     if op == "bitnot":

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...runtime import sizes
 from ...runtime.sizes import Size
+from ..operations import COMPARISONS, FUNCTIONS, INFIX, may_be_negative
 
 POINTERS = {
     "float64": "*fp64", "float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int64": "*i64", "int32": "*i32",
@@ -25,24 +26,10 @@ TYPES = {
     "bool": "tl.int1",
 }  # fmt: skip
 
-_INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
-    "bitand": "&", "bitor": "|", "bitxor": "^", "shl": "<<", "shr": ">>", "and": "&", "or": "|", "xor": "^",
-}  # fmt: skip
 _OF_BOOLS = {"add": "|", "mul": "&", "maximum": "|", "minimum": "&"}
-COMPARISONS = frozenset(("lt", "le", "gt", "ge", "eq", "ne"))
 _SIZE_SIGNS = {
     "add": " + ", "mul": " * ", "floordiv": " // ", "mod": " % ", "eq": " == ", "ne": " != ", "le": " <= ", "lt": " < ",
 }  # fmt: skip
-# Operations with a function in tw_math.py, by the names of expressions.
-FUNCTIONS = frozenset(
-    (
-        "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "tanh", "erf", "sigmoid", "softplus", "sin", "cos",
-        "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "sqrt", "rsqrt", "pow", "atan2",
-        "floor", "ceil", "round", "trunc", "maximum", "minimum", "fmod", "remainder", "floordiv", "sign", "gelu",
-        "gelu_tanh", "silu",
-    )
-)  # fmt: skip
 
 
 def size(value: Size, text: Callable[[str], str] = str) -> str:
@@ -62,17 +49,6 @@ def size(value: Size, text: Callable[[str], str] = str) -> str:
     if value.op in ("floordiv", "mod") and may_be_negative(value.args[0]):
         return f"tw.index_{value.op}({args[0]}, {args[1]})"
     return _SIZE_SIGNS[value.op].join(args).replace("+ -", "- ")
-
-
-def may_be_negative(value: Size) -> bool:
-    """Whether an index expression can be below 0, where its names (loop variables, sizes, indices) are not."""
-    if isinstance(value, int):
-        return value < 0
-    if isinstance(value, str) or value.op in ("mod", "eq", "ne", "le", "lt"):
-        return False
-    if value.op == "max":
-        return all(map(may_be_negative, value.args))
-    return any(map(may_be_negative, value.args))
 
 
 def _operand(value: Size, text: Callable[[str], str]) -> str:
@@ -141,8 +117,8 @@ def call(op: str, dtype: str, arg_dtypes: list[str], args: list[str]) -> str:
         return f"{args[0]} {_OF_BOOLS[op]} {args[1]}"
     if op in COMPARISONS and arg_dtypes[0] == "bool" and op not in ("eq", "ne"):
         args = [cast(arg, "int32") for arg in args]  # one bit with a sign orders the other way round
-    if op in _INFIX:
-        return f"{args[0]} {_INFIX[op]} {args[1]}"
+    if op in INFIX:
+        return f"{args[0]} {INFIX[op]} {args[1]}"
     if op == "not":
         return f"({args[0]}) == 0"
     if op == "bitnot":

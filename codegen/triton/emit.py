@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ...runtime import sizes
 from ...runtime.sizes import Size
 from ..expr import Call, Const, Dynamic, Expr, Index, Load, Reduce, Scalar
+from ..operations import COMPARISONS, FUNCTIONS
 from ..values import Kernel
 from . import dialect
 
@@ -290,7 +291,7 @@ class Scope:
         if isinstance(arg, Const) and _is_typed(expr):
             return dialect.typed(arg.value, arg.dtype)
         text = self.value(arg)
-        exact = isinstance(arg, Index) and expr.op not in dialect.COMPARISONS and expr.op != "cast"
+        exact = isinstance(arg, Index) and expr.op not in COMPARISONS and expr.op != "cast"
         return f"tl.cast({text}, tl.int64)" if exact else text
 
     def _load(self, expr: Load) -> str:
@@ -453,7 +454,7 @@ def _is_typed(expr: Call) -> bool:
     """Whether literals among the operands must say what they are: functions look at the dtypes of theirs."""
     if expr.op == "where":
         return all(isinstance(arg, Const) for arg in expr.args[1:])
-    is_function = expr.op in dialect.FUNCTIONS or (expr.op == "div" and not expr.dtype.startswith("float"))
+    is_function = expr.op in FUNCTIONS or (expr.op == "div" and not expr.dtype.startswith("float"))
     return is_function or all(isinstance(arg, Const) for arg in expr.args)
 
 

@@ -1,6 +1,6 @@
 """Speed of the matrix, convolution and depthwise kernels, beside PyTorch and the processor's multiply-add limit.
 
-    python benchmarks/kernels.py [--target cpu:x86-64-v3] [--only resnet] [--threads 1,2] [--seconds 0.5]
+    python -m benchmarks.kernels [--target cpu:x86-64-v3] [--only resnet] [--threads 1,2] [--seconds 0.5]
 
 Every row is measured in turns with PyTorch, best of many; the limit is measured again beside every row, with as many
 threads. Weights stay in cache where they fit. Two threads each run half of the work units, without waiting in between.
@@ -9,12 +9,9 @@ threads. Weights stay in cache where they fit. Two threads each run half of the 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import itertools
 import re
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,30 +21,14 @@ import numpy as np
 import torch
 
 from tilewright.codegen.c import packing
-from tilewright.codegen.c.toolchain import Source, compile_objects, find_compiler, link_shared
+from tilewright.codegen.c.toolchain import find_compiler
 from tilewright.codegen.targets import parse
 from tilewright.codegen.templating import Hole, render
 from tilewright.runtime.cpu import features
 
+from .limits import build, loops, timed
+
 POINTERS = "const float *restrict x = buf[0]; const float *restrict w = buf[1]; float *restrict y = buf[2];"
-PEAK = """
-#include "tw_simd.h"
-#define START(r) tw_vec c##r = tw_load(x + r);
-#define ADD(r) c##r += a * b;
-#define KEEP(r) __asm__ volatile("" : "+x"(c##r));
-#define SUM(r) s += c##r;
-void kernel(
-    void *const *restrict buf, const int64_t *restrict dim, int64_t begin, int64_t end, int32_t *restrict fault) {
-    const float *const x = buf[0];
-    const tw_vec a = tw_load(x), b = tw_load(x + 1);
-    TW_REPEAT_12(START)
-    for (int64_t i = begin; i < end; i++) { TW_REPEAT_12(ADD) TW_REPEAT_12(KEEP) }
-    tw_vec s = {0};
-    TW_REPEAT_12(SUM)
-    if (s[0] != s[0]) { *fault = 1; } /* keeps the sums alive */
-}
-"""
-PEAK_STEPS = 200_000
 
 
 @dataclass(frozen=True)
@@ -76,22 +57,11 @@ def main() -> None:
         f"{'GFLOP/s (share of limit)':34}" + "".join(f"{f'{n} thread(s)':>16}{'torch':>8}{'limit':>7}" for n in counts)
     )
     with tempfile.TemporaryDirectory() as folder:
-
-        def build(source: str) -> Callable[..., None]:
-            text = "#pragma GCC visibility push(default)\n" + source
-            path = Path(folder) / f"{next(numbers)}.so"
-            path.write_bytes(link_shared(compiler, compile_objects(compiler, [Source("kernel", text)], target), target))
-            return ctypes.CDLL(str(path)).kernel
-
-        numbers = itertools.count()
-        peak = Case(
-            "", PEAK_STEPS * 12 * target.vector_bits // 32 * 2, PEAK, [np.ones(64, np.float32)], PEAK_STEPS, int
-        )
-        limit = build(peak.source)
+        limit = loops(target, Path(folder), reading=False)["float32"]
         for case in layers():
             if not re.search(options.only, case.name):
                 continue
-            kernel = build(case.source)
+            kernel = build(case.source, target, Path(folder))
             line = f"{case.name:34}"
             for count in counts:
                 torch.set_num_threads(count)
@@ -101,34 +71,14 @@ def main() -> None:
                     ours = max(ours, case.flops / run(kernel, case, count))
                     theirs = max(theirs, case.flops / run_torch(case, count))
                     # Units are shared out between threads, so that the rate of all of them comes out.
-                    top = max(top, peak.flops / run(limit, peak, count))
+                    top = max(top, limit.rate(count))
                 line += f"{ours / 1e9:10.1f} ({ours / top:4.0%}){theirs / 1e9:8.1f}{top / 1e9:7.0f}"
             print(line, flush=True)
 
 
 def run(kernel: Callable[..., None], case: Case, threads: int) -> float:
     """Seconds for all units of a case, from the first thread's start to the last one's end."""
-    buffers = (ctypes.c_void_p * len(case.arrays))(*(array.ctypes.data for array in case.arrays))
-    sizes, fault = (ctypes.c_int64 * 1)(0), ctypes.c_int32(0)
-    cuts = [ctypes.c_int64(case.units * index // threads) for index in range(threads + 1)]
-    repeats = repeats_for(case, threads)
-    starts, ends = [0.0] * threads, [0.0] * threads
-    barrier = threading.Barrier(threads)
-
-    def share(index: int) -> None:
-        barrier.wait()
-        starts[index] = time.perf_counter()
-        for _ in range(repeats):
-            kernel(buffers, sizes, cuts[index], cuts[index + 1], ctypes.byref(fault))
-        ends[index] = time.perf_counter()
-
-    others = [threading.Thread(target=share, args=(index,)) for index in range(1, threads)]
-    for other in others:
-        other.start()
-    share(0)
-    for other in others:
-        other.join()
-    return (max(ends) - min(starts)) / repeats
+    return timed(kernel, case.arrays, case.units, threads, repeats_for(case, threads))
 
 
 def run_torch(case: Case, threads: int) -> float:

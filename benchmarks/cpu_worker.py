@@ -1,0 +1,141 @@
+"""The process of the CPU benchmark in which one system runs one case.
+
+    python -m benchmarks.cpu_worker                                            # asked in lines of JSON
+    python -m benchmarks.cpu_worker SYSTEM FOLDER THREADS PRECISION            # up to the first output, once
+
+Requests: ``{"load": {"system", "folder", "threads", "precision"}}`` loads, runs and compares with the reference;
+``{"turn": seconds}`` gives the seconds of calls that follow each other; ``{"profile": calls}`` gives Tilewright's
+kernels. The system ``limits`` measures the processor's limits in its turns. Imports as little as it can.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cpu_systems import LOADERS, load_tilewright
+from .process import serve
+from .values import deviation
+
+LIMITS = "limits"
+
+
+def bind_to_processors(threads: int) -> None:
+    """Keep to as many processors as there are threads, the same ones in every process."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def arrays_of(path: Path) -> list[np.ndarray]:
+    """The arrays of a file, in order."""
+    with np.load(path) as stored:
+        return [stored[name] for name in stored.files]
+
+
+class Runner:
+    """A loaded system and its inputs."""
+
+    def __init__(self, system: str, folder: str, threads: int, precision: str) -> None:
+        self.system, self.folder, self.threads = system, Path(folder), threads
+        self.inputs = arrays_of(self.folder / "inputs.npz")
+        self.call = LOADERS[system](self.folder, threads, precision)
+
+    def check(self) -> dict[str, Any]:
+        """How far the outputs are from the reference's."""
+        outputs = self.call(self.inputs)
+        return {"deviation": deviation(arrays_of(self.folder / "outputs.npz"), outputs)}
+
+    def turn(self, seconds: float) -> dict[str, Any]:
+        """Seconds of calls; the first one, which finds the caches full of others' data, is not counted."""
+        self.call(self.inputs)
+        times: list[float] = []
+        deadline = time.perf_counter() + seconds
+        while not times or time.perf_counter() < deadline:
+            start = time.perf_counter()
+            self.call(self.inputs)
+            times.append(time.perf_counter() - start)
+        return {"times": times}
+
+    def profile(self, calls: int) -> dict[str, Any]:
+        """What Tilewright's kernels took in one call, slowest first."""
+        from dataclasses import asdict
+
+        from tilewright.compiler.cli.measure import profile_kernels
+
+        with load_tilewright(self.folder, self.threads) as model:
+            entry = model.entry(model.entries[0])
+            inputs = dict(zip((port.name for port in entry.inputs), self.inputs, strict=True))
+            return {"kernels": [asdict(item) for item in profile_kernels(entry, inputs, {}, calls)]}
+
+
+class LimitsRunner:
+    """The processor's limits in place of a system."""
+
+    def __init__(self, folder: str, threads: int) -> None:
+        from .limits import loops, this_machine
+
+        self.threads = threads
+        self.loops = loops(this_machine(), Path(folder))
+
+    def check(self) -> dict[str, Any]:
+        """Nothing to compare."""
+        return {"deviation": 0.0}
+
+    def turn(self, seconds: float) -> dict[str, Any]:
+        """The best rate of each loop."""
+        share = seconds / len(self.loops)
+        best = dict.fromkeys(self.loops, 0.0)
+        for name, loop in self.loops.items():
+            deadline = time.perf_counter() + share
+            while not best[name] or time.perf_counter() < deadline:
+                best[name] = max(best[name], loop.rate(self.threads))
+        return {"rates": best}
+
+
+class Handler:
+    """Answers requests; the first has to load."""
+
+    runner: Any
+
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One request."""
+        ((what, argument),) = request.items()
+        if what == "load":
+            bind_to_processors(argument["threads"])
+            limits = argument["system"] == LIMITS
+            self.runner = LimitsRunner(argument["folder"], argument["threads"]) if limits else Runner(**argument)
+            answer: dict[str, Any] = self.runner.check()
+            return answer
+        chosen = {"turn": self.runner.turn, "profile": getattr(self.runner, "profile", None)}[what]
+        done: dict[str, Any] = chosen(argument)
+        return done
+
+
+def start_once(system: str, folder: str, threads: str, precision: str) -> None:
+    """Print when the first output was there, by the clock that all processes share, and the peak of memory in bytes."""
+    bind_to_processors(int(threads))
+    runner = Runner(system, folder, int(threads), precision)
+    runner.call(runner.inputs)
+    moment = time.monotonic()
+    for _ in range(2):
+        runner.call(runner.inputs)
+    print(moment, peak_bytes())
+
+
+def peak_bytes() -> int:
+    """The most memory that this process had at once, with the pages of mapped files that it touched."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("the system does not tell a process its peak of memory")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        start_once(*sys.argv[1:])
+    else:
+        serve(Handler())

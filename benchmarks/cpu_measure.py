@@ -20,8 +20,10 @@ from .process import Process
 from .state import State
 
 BUILD_LIMIT, LOAD_LIMIT, TURN_LIMIT, START_LIMIT = 900.0, 600.0, 120.0, 300.0
-BUILD_SECONDS, ROUND_SECONDS, START_SECONDS = 30.0, 6.0, 60.0
-"""About what a build, a round of all systems and the starts of a case take, for keeping to a budget."""
+BUILD_SECONDS, LOAD_SECONDS, START_SECONDS = 30.0, 10.0, 60.0
+"""About what a build, loading a system and the starts of a case take, for keeping to a budget."""
+USUAL_RATE = 150e9
+"""Operations per second of a system, for the same."""
 
 FEWEST_STARTS, STARTS_SECONDS = 3, 20.0
 """A system is started at least so often, and no more once its starts took so long."""
@@ -70,7 +72,7 @@ class Bench:
         if not self.done(case, systems):
             built = self.build(case, systems, folder)
             if not covers(self.state.results.get(f"time/{case.name}"), systems):
-                self.require_time(len(built) * LOAD_LIMIT / 60 + self.rounds * ROUND_SECONDS)
+                self.require_time(self.about(case, len(built)))
                 self.state.record(f"time/{case.name}", self.time(case, systems, built, folder))
             if case.latency and not covers(self.state.results.get(f"start/{case.name}"), systems):
                 self.require_time(START_SECONDS)
@@ -83,6 +85,11 @@ class Bench:
         stages = ("time", "start") if case.latency else ("time",)
         return all(covers(self.state.results.get(f"{stage}/{case.name}"), systems) for stage in stages)
 
+    def about(self, case: Case, systems: int) -> float:
+        """Roughly the seconds of timing a case: two calls of each system fit into every turn at least."""
+        flops = self.state.results[f"build/{case.name}/reference"]["flops"]
+        return systems * (LOAD_SECONDS + self.rounds * (self.turn + 2 * flops / USUAL_RATE))
+
     def require_time(self, seconds: float) -> None:
         """Raise :class:`OutOfTime` unless so much is left."""
         if time.monotonic() + seconds > self.deadline:
@@ -93,18 +100,20 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         built = []
         for what in ("reference", *systems):
-            marker = folder / f"{what}.built"
+            marker, name = folder / f"{what}.built", f"build/{case.name}/{what}"
             if not marker.exists():
                 self.require_time(BUILD_SECONDS)
                 say(f"{case.name}: building {what}")
                 result = self._build(case, what, folder)
-                self.state.record(f"build/{case.name}/{what}", result)
+                self.state.record(name, result)
                 if "error" not in result:
                     marker.write_text(json.dumps(result))
+            elif name not in self.state.results:  # built for another state file
+                self.state.record(name, json.loads(marker.read_text()))
             if marker.exists():
                 built.append(what)
             elif what == "reference":
-                raise Failed(f"{case.name}: {self.state.results[f'build/{case.name}/{what}']['error']}")
+                raise Failed(f"{case.name}: {self.state.results[name]['error']}")
         return built[1:]
 
     def _build(self, case: Case, what: str, folder: Path) -> dict[str, Any]:

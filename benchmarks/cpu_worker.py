@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from .cpu_systems import LOADERS, load_tilewright
-from .process import serve
 from .values import deviation
 
 LIMITS = "limits"
@@ -138,4 +137,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         start_once(*sys.argv[1:])
     else:
+        from .process import serve
+
         serve(Handler())

@@ -106,7 +106,7 @@ def bench_of(benchmark, tmp_path, monkeypatch, *, seconds: float = 1e9):
 
     def build(self, case, what, folder):
         ran.append(f"build {case.name} {what}")
-        return {"error": "too large"} if what == "inductor" else {"seconds": 1.0}
+        return {"error": "too large"} if what == "inductor" else {"seconds": 1.0, "flops": 1e3}
 
     monkeypatch.setattr(measuring.Bench, "time", stage("time"))
     monkeypatch.setattr(measuring.Bench, "start", stage("start"))
@@ -137,12 +137,14 @@ def test_goes_on_where_it_ended(benchmark, tmp_path, monkeypatch):
 def test_keeps_artifacts_of_a_case_that_was_cut_off(benchmark, tmp_path, monkeypatch):
     case, measuring = benchmark("cpu_units").Case("mlp", "fp32", 8), benchmark("cpu_measure")
     bench, ran = bench_of(benchmark, tmp_path, monkeypatch, seconds=measuring.BUILD_SECONDS + 5)
-    monkeypatch.setattr(measuring, "ROUND_SECONDS", 1e6)
+    monkeypatch.setattr(measuring, "USUAL_RATE", 1.0)
     with pytest.raises(measuring.OutOfTime):
         bench.run(case, ["tilewright"])
     assert ran == ["build mlp/fp32/8 reference", "build mlp/fp32/8 tilewright"]
+    (tmp_path / "state.json").unlink()  # what was built is known without it
     again, ran = bench_of(benchmark, tmp_path, monkeypatch)
     again.run(case, ["tilewright"])
+    assert again.state.results["build/mlp/fp32/8/reference"]["flops"] == 1e3
     assert ran == ["time mlp/fp32/8"]  # start-up is measured with the case for latency
 
 

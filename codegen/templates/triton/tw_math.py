@@ -163,7 +163,9 @@ def _turns(x):
     is_large = tl.abs(x) >= 16777216.0
     wide = tl.where(is_large, 0.0, x).to(tl.float64)
     n = tl.floor(wide * 0.63661977236758134308 + 0.5)
-    near = tl.fma(n, -6.1232339957367658e-17, tl.fma(n, -1.5707963267948966192, wide))
+    high = tl.full((), -1.5707963267948966192, tl.float64)  # a plain literal is float32 to fma in Triton 3.6
+    low = tl.full((), -6.1232339957367658e-17, tl.float64)
+    near = tl.fma(n, low, tl.fma(n, high, wide))
     quadrant, far = _turns_of_large(x)
     rest = tl.where(is_large, far, near).to(tl.float32)
     return tl.where(is_large, quadrant, n.to(tl.int32)), rest + (x - x)
@@ -276,7 +278,7 @@ def atan2(y, x):
     angle = _atan_of_ratio(tl.where(small == small, t, small))
     angle = tl.where(a > b, 1.57079632679489661923 - angle, angle)
     angle = tl.where(_is_negative(x), 3.14159265358979323846 - angle, angle)
-    return tl.where(_is_negative(y), -angle, angle)
+    return tl.where(_is_negative(y), angle * -1.0, angle)  # in Triton 3.6, -x is 0 - x, which loses the sign of 0
 
 
 @triton.jit

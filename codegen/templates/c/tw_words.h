@@ -59,7 +59,8 @@ static inline tw_vec tw_odd_bf16(tw_words w) { return (tw_vec)(w & 0xffff0000u);
 #define TW_RESUME_int8(r) x##r = tw_load_ints(sums + r * TW_PANEL), y##r = tw_load_ints(sums + r * TW_PANEL + TW_LANES);
 #define TW_FINISH_int8(r) tw_store_ints(sums + r * TW_PANEL, x##r), tw_store_ints(sums + r * TW_PANEL + TW_LANES, y##r);
 
-/* One instruction for a word of each lane, or two steps: for the even elements of all rows, then for the odd ones. */
+/* One instruction for a word of each lane, or two steps: for the even elements of all rows, then for the odd ones. The
+ * barrier has the words loaded anew: compilers would keep them, and spill sums. */
 #define TW_AT_ONCE(ROWS, LOAD, STEP) \
     { \
         LOAD \
@@ -70,6 +71,7 @@ static inline tw_vec tw_odd_bf16(tw_words w) { return (tw_vec)(w & 0xffff0000u);
         LOAD_EVEN \
         TW_REPEAT_##ROWS(STEP_EVEN) \
     } \
+    __asm__ volatile("" ::: "memory"); \
     { \
         LOAD_ODD \
         TW_REPEAT_##ROWS(STEP_ODD) \

@@ -28,6 +28,7 @@ from ..passes.pipeline import pipeline
 from ..runtime.model import load
 from ..runtime.plan import Plan
 from .options import CompileOptions, Entry
+from .precision import applied, precision_on
 from .samples import sample_sizes
 from .sources import open_source
 from .support import Unsupported, find_unsupported, require_supported
@@ -94,7 +95,7 @@ def compile(  # noqa: A001 - the verb that users know
         target: one target or several, such as ``"cpu:x86-64-v3,cuda:sm_90"``; ``"cpu"`` is this machine.
         dynamic_shapes: which sizes vary (``compiler/shapes.py``).
         entries: several entry points over one set of weights and state.
-        precision: ``"auto"``, ``"fp32"``, and for GPUs ``"tf32"``, ``"fp16"`` or ``"bf16"`` (``compiler/options.py``).
+        precision: ``"auto"``, ``"fp32"``, ``"bf16"``, and for GPUs ``"tf32"`` or ``"fp16"`` (``compiler/options.py``).
         quantize: a quantization recipe (none is supported yet).
         verify: ``"final"`` compares the outputs with eager PyTorch, ``"passes"`` every intermediate graph too,
             ``"off"`` nothing.
@@ -127,6 +128,7 @@ class Compilation:
     def __init__(self, options: CompileOptions, progress: Progress | None = None) -> None:
         self.options = options
         self.seconds: dict[str, float] = {}
+        self.precision: dict[str, str] = {}  # by kind of device, once the source has been captured
         self._progress = progress or (lambda phase, detail: None)
 
     @cached_property
@@ -178,7 +180,12 @@ class Compilation:
         _ = self.targets  # refuse unknown ones before the source is read
         self.options.check(device_kinds(self.options.target))
         with self._phase("capture"):
-            return open_source(source, args, kwargs, shapes, entries, inputs)
+            programs = open_source(source, args, kwargs, shapes, entries, inputs)
+        self.precision = {
+            device: precision_on(device, self.options.precision, programs, self.targets.cpu)
+            for device in device_kinds(self.options.target)
+        }
+        return programs
 
     def rewrite(self, captured: Sequence[Program]) -> tuple[Rewritten, dict[str, list[PassRecord]]]:
         """Stage two: all passes over a copy of every program for each kind of device; what they did by plan name."""
@@ -194,9 +201,9 @@ class Compilation:
                         folder = folder / device if len(devices) > 1 else folder
                         folder = folder / program.name if len(captured) > 1 else folder
                     manager = PassManager(
-                        pipeline(fusion_roles(device), device, self.options.precision), dump_dir=folder,
+                        pipeline(fusion_roles(device), device, self.precision[device]), dump_dir=folder,
                         verify=self.options.verify == "passes", disabled=self.options.disable_passes,
-                        stop_after=self.options.stop_after, precision=self.options.precision, progress=detail,
+                        stop_after=self.options.stop_after, precision=self.precision[device], progress=detail,
                     )  # fmt: skip
                     records[plan_name(program.name, device)] = manager.run(program)
         return programs, records
@@ -247,16 +254,16 @@ class Compilation:
     def _verify_on(self, path: Path, device: str, reference: Program, program: Program) -> list[OutputError]:
         with load(path, device=device) as model:
             entry = model.entry(reference.name)
-            found = verify_outputs(entry, reference, device, self.options.precision)
+            found = verify_outputs(entry, reference, device, self.precision[device])
             wrong = next((error for error in found if not error.ok), None)
             hint = ""
             if wrong is not None:
-                hint = first_divergence(entry, program, reference, wrong.sizes, self.options.precision)
+                hint = first_divergence(entry, program, reference, wrong.sizes, self.precision[device])
             require_equal(found, hint)
         return found
 
     def _verify_passes(self, device: str, reference: Program, program: Program) -> list[OutputError]:
-        found = verify_program(program, reference, device, self.options.precision)
+        found = verify_program(program, reference, device, self.precision[device])
         require_equal(found, "A pass changed the model: compile with --verify passes to find it.")
         return found
 
@@ -272,7 +279,7 @@ class Compilation:
         return {
             "source": _source_name(source),
             "torch": torch.__version__.split("+")[0],
-            "precision": {"requested": self.options.precision, "applied": _applied(programs, self.options.precision)},
+            "precision": {"requested": self.options.precision, "applied": applied(programs, self.precision)},
             "disabled_passes": sorted(self.options.disable_passes),
             "passes": {
                 name: [
@@ -299,22 +306,6 @@ class Compilation:
         finally:
             inside = sum(self.seconds.values()) - before
             self.seconds[name] += time.perf_counter() - start - inside
-
-
-_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-def _applied(programs: Rewritten, precision: str) -> str:
-    """What the artifact computes in, in the words of ``--precision``; by kind of device where they differ."""
-    found = {"cpu": "fp32"} if "cpu" in programs else {}
-    if "cuda" in programs:
-        values = [node.meta.get("val") for program in programs["cuda"] for node in program.graph.nodes]
-        parts = [part for value in values for part in (value if isinstance(value, tuple | list) else (value,))]
-        types = {part.dtype for part in parts if isinstance(part, torch.Tensor)}
-        own = " and ".join(name for dtype, name in _NAMES.items() if dtype in types) or "integers"
-        found["cuda"] = precision if precision != "auto" else own
-    names = set(found.values())
-    return names.pop() if len(names) == 1 else ", ".join(f"{name} on {device}" for device, name in found.items())
 
 
 def _source_name(source: Any) -> str:

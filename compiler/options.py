@@ -17,7 +17,7 @@ PRECISIONS: dict[str, str] = {
     "fp32": "float32, half-precision models too",
     "tf32": "float32, but products of 10-bit mantissas (GPUs only)",
     "fp16": "float16, accumulated in float32 (GPUs only)",
-    "bf16": "bfloat16, accumulated in float32 (GPUs only)",
+    "bf16": "bfloat16, accumulated in float32",
 }
 """What ``--precision`` may be."""
 
@@ -93,8 +93,9 @@ class CompileOptions:
         """
         if self.ptx and "cuda" not in devices:
             raise UsageError("--ptx is for GPUs, and no target is one; name one, such as cuda:sm_90")
-        if "cpu" in devices and self.precision not in ("auto", "fp32"):
+        if "cpu" in devices and self.precision in ("tf32", "fp16"):
             also = " (compile for the GPU alone, into a directory of its own)" if len(devices) > 1 else ""
             raise UsageError(
-                f"precision {self.precision!r} is for GPUs, and CPU kernels compute in fp32: choose auto or fp32{also}"
+                f"precision {self.precision!r} is for GPUs, and CPU kernels compute in fp32 or bf16: choose auto, fp32 "
+                f"or bf16{also}"
             )

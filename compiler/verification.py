@@ -16,7 +16,7 @@ from ..codegen.lower import output_names
 from ..passes.base import Report
 from ..passes.graph.program import Program
 from ..passes.graph.regions import is_region
-from ..passes.verify import COARSER, TOLERANCES, error_of, tolerances_of
+from ..passes.verify import TOLERANCES, error_of, node_tolerances, tolerances_of
 from ..passes.verify import compare as compare_outputs
 from ..passes.widen_floats import WidenFloats
 from ..runtime.artifact import read_artifact
@@ -92,22 +92,23 @@ def verify_outputs(entry: Entry, reference: Program, device: str = "cpu", precis
         entry: of the loaded artifact.
         reference: the program as captured, before any pass (:func:`reference_of`).
         device: the kind of device that the entry point's plan is for.
-        precision: what it was asked to compute in; a coarser one than the model's sets the tolerance.
+        precision: what it computes in (``precision.py``); a coarser one than the model's sets the tolerance.
 
     Returns:
         One error per output and assignment of the symbols; empty where the model returns no tensor. Integers that
-        follow from half-precision numbers are compared where those are computed in float32, as on a CPU; elsewhere a
-        unit in the last place decides them.
+        follow from half-precision numbers are compared where a CPU computes those in float32; elsewhere a unit in the
+        last place decides them.
     """
     found = []
     tolerances = tolerances_of(reference, precision)
-    wide = _widened(reference) if inf in tolerances and device == "cpu" else reference
+    widened = device == "cpu" and precision in ("auto", "fp32")
+    wide = _widened(reference) if inf in tolerances and widened else reference
     for values in assignments(reference):
         inputs = make_inputs(reference, values)
         eager = reference.run(inputs)
         exact = eager if wide is reference else wide.run(inputs)
         expected = [
-            (value, tolerance) if tolerance < inf or device != "cpu" else (same, 0.0)
+            (value, tolerance) if tolerance < inf or not widened else (same, 0.0)
             for value, same, tolerance in zip(eager, exact, tolerances, strict=True)
             if isinstance(value, torch.Tensor)
         ]
@@ -130,7 +131,7 @@ def verify_program(
         program: after the passes, of regions.
         reference: the program as captured (:func:`reference_of`).
         device: the kind of device that the program is for.
-        precision: what it was asked to compute in; a coarser one than the model's sets the tolerance.
+        precision: what it computes in; a coarser one than the model's sets the tolerance.
     """
     (returned,) = program.graph.output_node().args
     names = output_names(program.results, returned[: len(returned) - len(program.states)])  # type: ignore[index, arg-type]
@@ -198,10 +199,9 @@ def verify_kernels(entry: Entry, lowered: Program, precision: str = "auto") -> l
     Args:
         entry: of the loaded artifact.
         lowered: the program after all passes, whose regions are the artifact's steps.
-        precision: what it was asked to compute in; a coarser one than the model's sets the tolerance.
+        precision: what it computes in; a coarser one than the model's sets the tolerance.
     """
-    expected = _node_values(lowered)
-    least = TOLERANCES[COARSER[precision]] if precision in COARSER else 0.0
+    expected = _node_values(lowered, node_tolerances(lowered, precision))
     plan = entry.plan
     found: list[KernelError] = []
 
@@ -212,9 +212,9 @@ def verify_kernels(entry: Entry, lowered: Program, precision: str = "auto") -> l
             name = _written_name(plan, ref)
             if name in expected:
                 got = _tensor(read(ref))
-                want = expected[name]
+                want, limit = expected[name]
                 error = error_of(want, got.reshape(want.shape) if got.numel() == want.numel() else got)
-                tolerance = max(tolerance_of(want.dtype), least if want.is_floating_point() else 0.0)
+                tolerance = max(tolerance_of(want.dtype), limit if want.is_floating_point() else 0.0)
                 found.append(KernelError(step, plan.steps[step].name, name, error, tolerance))
 
     entry.trace(compare, *lowered.sample)
@@ -231,7 +231,7 @@ def first_divergence(
         lowered: the program after all passes, whose regions are the artifact's steps.
         reference: the program before any pass.
         sizes: an assignment of the symbols at which an output is beyond its tolerance.
-        precision: what it was asked to compute in.
+        precision: what it computes in.
     """
     program = replace(lowered, sample=make_inputs(reference, sizes))
     kernel = next((error for error in verify_kernels(entry, program, precision) if not error.ok), None)
@@ -256,22 +256,25 @@ def _written_name(plan: Plan, ref: Ref) -> str:
     return plan.buffers[ref.index].name if ref.kind == "buffer" else f"{ref.kind}:{ref.index}"
 
 
-def _node_values(program: Program) -> dict[str, torch.Tensor]:
-    """Values of all region results by node name; those that are outputs also as ``output:i``."""
-    values: dict[str, torch.Tensor] = {}
+def _node_values(program: Program, limits: Mapping[fx.Node, float]) -> dict[str, tuple[torch.Tensor, float]]:
+    """Values of all region results and their limits by node name; those that are outputs also as ``output:i``."""
+    values: dict[str, tuple[torch.Tensor, float]] = {}
 
     class Recorder(fx.Interpreter):
         def run_node(self, node: fx.Node) -> Any:
             result = super().run_node(node)
             source = node.args[0] if node.target is operator.getitem else node
             if isinstance(result, torch.Tensor) and isinstance(source, fx.Node) and is_region(source, "kernel"):
-                values[node.name] = result
+                values[node.name] = (result, limits[node])
             return result
 
     with torch.no_grad():
         outputs = Recorder(program.module).run(*program.sample, *(state.initial.clone() for state in program.states))
     states = {state.output for state in program.states}
-    tensors = [value for i, value in enumerate(outputs) if i not in states and isinstance(value, torch.Tensor)]
+    (nodes,) = program.graph.output_node().args
+    pairs = zip(outputs, nodes, strict=True)  # type: ignore[arg-type]
+    results = [(value, node) for i, (value, node) in enumerate(pairs) if i not in states]
+    tensors = [(value, limits[node]) for value, node in results if isinstance(value, torch.Tensor)]  # type: ignore[index]
     values |= {f"output:{i}": value for i, value in enumerate(tensors)}
     return values
 

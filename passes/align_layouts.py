@@ -14,12 +14,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from .base import Pass, Report
 from .graph.edit import inherit
-from .graph.layouts import BLOCKED, ROWS, has_channels, layout_of, prefers_image, reads_image, refuse_layout
+from .graph.layouts import (
+    BLOCKED,
+    BLOCKED_DTYPES,
+    ROWS,
+    has_channels,
+    layout_of,
+    prefers_image,
+    reads_image,
+    refuse_layout,
+)
 from .graph.program import Program
 from .graph.query import aten
 from .graph.regions import Region, body, is_region, outline
@@ -123,7 +131,7 @@ class AlignLayouts(Pass):
             if image.copied and layout_of(image.value) != self.layout:
                 readers.setdefault(image.value, []).append(image.region)
         for value, regions in readers.items():
-            if self.layout == BLOCKED and value.meta["val"].dtype != torch.float32:
+            if self.layout == BLOCKED and value.meta["val"].dtype not in BLOCKED_DTYPES:
                 report.refuse(regions[0], f"reads %{value} as it lies: it is {value.meta['val'].dtype}")
                 continue
             first = min(regions)

@@ -33,12 +33,13 @@ def pipeline(roles: Roles, device: str = "cpu", precision: str = "auto") -> list
     Args:
         roles: what each kernel family can take in, as code generation describes it; for ``FuseOperators``.
         device: the kind of device that the program is for, ``"cpu"`` or ``"cuda"``.
-        precision: what to compute in (``--precision``).
+        precision: what to compute in (``--precision``), or ``"own"``: in the model's types. ``"auto"`` is that on a
+            GPU, and float32 on a CPU.
     """
-    wide = device == "cpu" or precision == "fp32"
+    wide = precision == "fp32" or (precision == "auto" and device == "cpu")
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
     return [
-        # Before anything looks at dtypes: no CPU kernel computes in half precision yet. GPU kernels do.
+        # Before anything looks at dtypes: not every CPU computes in half precision, and float32 loses nothing.
         *([WidenFloats()] if wide else []),
         # Numbers and masks that are computed become constants, which the canonical form then writes as numbers. Large
         # ones wait: weights are still going to change.

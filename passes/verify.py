@@ -86,15 +86,7 @@ def tolerances_of(program: Program, precision: str = "auto") -> list[float]:
         program: before the passes.
         precision: what it was asked to compute in (``--precision``).
     """
-    least = TOLERANCES[COARSER[precision]] if precision in COARSER else 0.0
-    coarsest: dict[fx.Node, float] = {}
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        parts = value if isinstance(value, tuple | list) else (value,)
-        floats = [part.dtype for part in parts if isinstance(part, torch.Tensor) and part.dtype in TOLERANCES]
-        own = [max(TOLERANCES[dtype], least) for dtype in floats]
-        before = [coarsest[operand] for operand in node.all_input_nodes]
-        coarsest[node] = max([*(own if node.op not in ("placeholder", "get_attr") else []), *before], default=0.0)
+    coarsest = node_tolerances(program, precision)
     (results,) = program.graph.output_node().args
     assert isinstance(results, tuple | list), "a program returns one flat tuple"
     limits = []
@@ -107,6 +99,31 @@ def tolerances_of(program: Program, precision: str = "auto") -> list[float]:
         else:
             limits.append(inf if coarsest[item] > TOLERANCES[torch.float32] else 0.0)  # type: ignore[index]
     return limits
+
+
+def node_tolerances(program: Program, precision: str = "auto") -> dict[fx.Node, float]:
+    """The tolerance of the coarsest floating type that each value is computed with, its operands' and regions' inside.
+
+    Args:
+        program: before the passes or after them.
+        precision: what it was asked to compute in (``--precision``).
+    """
+    least = TOLERANCES[COARSER[precision]] if precision in COARSER else 0.0
+    coarsest: dict[fx.Node, float] = {}
+    for node in program.graph.nodes:
+        computed = [node] if node.op not in ("placeholder", "get_attr") else []
+        if is_region(node):
+            computed += [inner for inner in body(node).graph.nodes if inner.op == "call_function"]
+        own = [max(TOLERANCES[dtype], least) for one in computed for dtype in _floats(one)]
+        coarsest[node] = max([*own, *(coarsest[operand] for operand in node.all_input_nodes)], default=0.0)
+    return coarsest
+
+
+def _floats(node: fx.Node) -> list[torch.dtype]:
+    """The floating types of a value, which may be a tuple."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, tuple | list) else (value,)
+    return [part.dtype for part in parts if isinstance(part, torch.Tensor) and part.dtype in TOLERANCES]
 
 
 def beyond_tolerance(reference: Sequence[Any], errors: Sequence[float], limits: Sequence[float]) -> list[int]:

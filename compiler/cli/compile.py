@@ -38,7 +38,7 @@ Sizes that vary are named per input, one entry per axis:
 Examples:
   tilewright compile path/to/minilm -o minilm.tw
   tilewright compile resnet50 -o resnet50.tw --target cpu:x86-64-v3,cpu:x86-64-v4
-  tilewright compile vit_b16 -o vit.tw --target cuda:sm_90,cuda:sm_80 --precision bf16
+  tilewright compile vit_b16 -o vit.tw --target cuda:sm_90,cpu --precision bf16
   tilewright compile net.onnx -o net.tw --shape "image=1,3,224,224" --inputs sample.npz
   tilewright compile file.py:build --check
   tilewright compile resnet50 -o r.tw --dump-dir passes --verify passes
@@ -59,7 +59,7 @@ compared with eager PyTorch at several sizes before the command succeeds (--veri
 @options.sample_inputs
 @click.option(
     "--precision", default="auto", show_default=True, metavar="P",
-    help="What to compute in: auto or fp32; on GPUs also tf32, fp16, bf16.",
+    help="What to compute in: auto, fp32 or bf16; on GPUs also tf32, fp16.",
 )  # fmt: skip
 @click.option("--ptx", is_flag=True, help="Also store PTX, which GPUs newer than the targets can compile.")
 @click.option("--quantize", metavar="RECIPE", help="Quantize the weights by a recipe (none is supported yet).")
@@ -193,6 +193,7 @@ def _report(done: Artifact, chosen: Any, as_json: bool) -> None:
         return
     targets = ", ".join(target.name for target in opened.manifest.targets)
     click.echo(f"{done.path}: {show_bytes(size)} (weights {show_bytes(weights)}), {kernels} kernels for {targets}")
+    click.echo(f"computes in {info.get('precision', {}).get('applied')} (--precision {chosen.precision})")
     phases_text = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.seconds.items())
     click.echo(f"time: {sum(done.seconds.values()):.1f} s ({phases_text})")
     for name, cases in memory.items():

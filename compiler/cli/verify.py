@@ -131,10 +131,10 @@ def _compare(
             for program, reference in zip(lowered, programs, strict=True):
                 progress("outputs", program.name)
                 entry = model.entry(program.name)
-                outputs += verify_outputs(entry, reference, kind, chosen.precision)
+                outputs += verify_outputs(entry, reference, kind, compilation.precision[kind])
                 if kernels:
                     progress("kernel results", program.name)
-                    found = verify_kernels(entry, program, chosen.precision)
+                    found = verify_kernels(entry, program, compilation.precision[kind])
                     steps += found
                     missing += len(entry.plan.steps) - len({item.step for item in found})
     return outputs, steps, missing

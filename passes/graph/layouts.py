@@ -1,7 +1,7 @@
 """How values lie in memory: the layouts by name, which region result has which, and what convolutions want to read.
 
-Kernels for CPUs convolve blocks of 16 float32 channels ("channels16"), those for GPUs pixels with all their channels
-("channels_last"), of any dtype. ``Roles.image_layout`` says which of them counts.
+Kernels for CPUs convolve blocks of 16 channels of float32 or bfloat16 ("channels16"), those for GPUs pixels with all
+their channels ("channels_last"), of any dtype. ``Roles.image_layout`` says which of them counts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .roles import Roles
 ROWS = "rows"  # the last axis is contiguous
 BLOCKED = "channels16"  # [N][ceil(C/16)][H][W][16], the last block filled up
 CHANNELS_LAST = "channels_last"  # [N][H][W][C]
+BLOCKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def layout_of(value: fx.Node) -> str:
@@ -43,8 +44,8 @@ def refuse_layout(value: fx.Node, roles: Roles) -> str | None:
     channels = meta.shape[1]
     if roles.image_layout != BLOCKED:
         return None
-    if meta.dtype != torch.float32:
-        return f"blocks of channels are float32, this is {str(meta.dtype).removeprefix('torch.')}"
+    if meta.dtype not in BLOCKED_DTYPES:
+        return f"blocks of channels are float32 or bfloat16, this is {str(meta.dtype).removeprefix('torch.')}"
     if not isinstance(channels, int) or channels < roles.lanes:
         return f"{channels} channels do not fill a block of {roles.lanes}"
     return None

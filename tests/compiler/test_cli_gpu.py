@@ -195,7 +195,7 @@ WRONG = [
     (("compile", "{source}", "-o", "{out}", "--target", "rocm", "-q"), 2, "rocm"),
     (("compile", "{source}", "-o", "{out}", "--ptx", "-q"), 2, "--ptx is for GPUs"),
     (("compile", "{source}", "-o", "{out}", "--ptx", "--target", "cuda:sm_90", "-q"), 2, "--ptx"),
-    (("compile", "{source}", "-o", "{out}", "--precision", "bf16", "-q"), 2, "choose auto or fp32"),
+    (("compile", "{source}", "-o", "{out}", "--precision", "fp16", "-q"), 2, "auto, fp32 or bf16"),
     (("compile", "{source}", "-o", "{out}", "--target", "cpu,cuda:sm_90", "--precision", "tf32", "-q"), 2, "alone"),
     (("run", "{both}", "{x}", "--device", "gpu"), 2, "cuda:<number>"),
     (("run", "{both}", "{x}", "--device", "interpreter", "--threads", "2"), 2, "threads"),

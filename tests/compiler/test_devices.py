@@ -59,8 +59,8 @@ def test_unknown_targets_are_refused_with_all_that_exist(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target": BOTH, "precision": "bf16"}, "precision 'bf16' is for GPUs.*compile for the GPU alone"),
-        ({"target": ("cpu",), "precision": "tf32"}, "precision 'tf32' is for GPUs, .* choose auto or fp32$"),
+        ({"target": BOTH, "precision": "fp16"}, "precision 'fp16' is for GPUs.*compile for the GPU alone"),
+        ({"target": ("cpu",), "precision": "tf32"}, "precision 'tf32' is for GPUs, .* choose auto, fp32 or bf16$"),
         ({"target": ("cpu",), "ptx": True}, "--ptx is for GPUs, and no target is one"),
     ],
 )

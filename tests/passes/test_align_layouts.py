@@ -192,11 +192,22 @@ def test_gathered_convolutions_read_anything(layer, shape, exported, run_pass):
     assert not report.changes
 
 
-def test_half_precision_stays_in_rows(aligned):
-    module = Sequence(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)).to(torch.bfloat16)
-    program, report = aligned(module, torch.randn(1, 16, 4, 4, dtype=torch.bfloat16))
+def two_convolutions(aligned, dtype):
+    module = Sequence(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)).to(dtype)
+    return aligned(module, torch.randn(1, 16, 4, 4, dtype=dtype))
+
+
+def test_bfloat16_is_blocked_like_float32(aligned):
+    program, _ = two_convolutions(aligned, torch.bfloat16)
+    assert layouts(program) == layouts(two_convolutions(aligned, torch.float32)[0])
+    assert copies(program) and "channels16" in str(layouts(program))
+
+
+def test_float16_stays_in_rows(aligned):
+    program, report = two_convolutions(aligned, torch.float16)
     assert not report.changes and copies(program) == []
-    assert "lies in rows: blocks of channels are float32, this is bfloat16" in [note.text for note in report.refusals]
+    found = [note.text for note in report.refusals]
+    assert "lies in rows: blocks of channels are float32 or bfloat16, this is float16" in found
 
 
 def test_other_layouts_do_not_spread(aligned):

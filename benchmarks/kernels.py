@@ -9,6 +9,7 @@ threads. Weights stay in cache where they fit. Two threads each run half of the 
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import torch
 
 from tilewright.codegen.c import packing
 from tilewright.codegen.c.toolchain import find_compiler
+from tilewright.codegen.storage import to_numpy
 from tilewright.codegen.targets import parse
 from tilewright.codegen.templating import Hole, render
 from tilewright.runtime.cpu import features
@@ -41,6 +43,7 @@ class Case:
     arrays: Sequence[np.ndarray]
     units: int
     torch_call: Callable[[], object]
+    dtype: str = "float32"
 
 
 def main() -> None:
@@ -57,10 +60,11 @@ def main() -> None:
         f"{'GFLOP/s (share of limit)':34}" + "".join(f"{f'{n} thread(s)':>16}{'torch':>8}{'limit':>7}" for n in counts)
     )
     with tempfile.TemporaryDirectory() as folder:
-        limit = loops(target, Path(folder), reading=False)["float32"]
+        limits = loops(target, Path(folder), reading=False)
         for case in layers():
             if not re.search(options.only, case.name):
                 continue
+            limit = limits.get(case.dtype, limits["float32"])
             kernel = build(case.source, target, Path(folder))
             line = f"{case.name:34}"
             for count in counts:
@@ -113,6 +117,10 @@ def layers() -> Iterator[Case]:
         ("classifier 2048 to 1000", 1, 1000, 2048),
     ):
         yield linear(name, m, n, k)
+        yield linear_bf16(f"bf16 {name}", m, n, k)
+        if m > 1:
+            yield linear_bf16(f"bf16 of float32 {name}", m, n, k, left="float32")
+        yield product_int8(f"int8 {name}", m, n, k)
     for ic, oc, size, kernel, stride in (
         (64, 64, 56, 1, 1), (64, 64, 56, 3, 1), (64, 256, 56, 1, 1), (256, 64, 56, 1, 1), (128, 128, 56, 3, 2),
         (256, 512, 56, 1, 2), (512, 128, 28, 1, 1), (128, 128, 28, 3, 1), (128, 512, 28, 1, 1), (256, 256, 14, 3, 1),
@@ -151,6 +159,41 @@ def linear(name: str, m: int, n: int, k: int) -> Case:
     arrays = [x, packing.pack_matmul(weight.T), np.empty((m, n), np.float32)]
     units = packing.matmul_units(1, m, n)
     return Case(name, 2 * m * n * k, source, arrays, int(units), lambda: torch.nn.functional.linear(*tensors))
+
+
+def linear_bf16(name: str, m: int, n: int, k: int, left: str = "bfloat16") -> Case:
+    x, weight = (torch.from_numpy(random(*shape)) for shape in ((m, k), (n, k)))
+    narrow, narrow_weight = x.bfloat16(), weight.bfloat16()
+    kind = "float" if left == "float32" else "uint16_t"
+    source = render(
+        "matmul.c.jinja", name="kernel", kind="bfloat16", BATCH=1, M=m, N=n, K=k,
+        prelude=f"const {kind} *restrict x = buf[0]; const uint16_t *restrict w = buf[1]; uint16_t *restrict y = buf[2];",
+        a_direct=True, a_base="x", a_stride=k, a_storage=left, b_packed=True, b_base="w",
+        epilogue=Hole(f"uint16_t *restrict to = y + m * {n};", "to[n] = tw_f32_to_bf16(acc);"),
+    )  # fmt: skip
+    arrays = [
+        to_numpy(x if left == "float32" else narrow),
+        packing.pack_words(to_numpy(narrow_weight.T)),
+        np.empty((m, n), np.uint16),
+    ]
+    units = packing.matmul_units(1, m, n)
+    call = functools.partial(torch.nn.functional.linear, narrow, narrow_weight)
+    return Case(name, 2 * m * n * k, source, arrays, int(units), call, "bfloat16")
+
+
+def product_int8(name: str, m: int, n: int, k: int) -> Case:
+    generator = np.random.default_rng(0)
+    x, weight = (generator.integers(-128, 128, shape, np.int8) for shape in ((m, k), (k, n)))
+    source = render(
+        "matmul.c.jinja", name="kernel", kind="int8", BATCH=1, M=m, N=n, K=k,
+        prelude="const int8_t *restrict x = buf[0], *restrict w = buf[1]; int32_t *restrict y = buf[2];",
+        a_direct=True, a_base="x", a_stride=k, b_packed=True, b_base="w",
+        epilogue=Hole(f"int32_t *restrict to = y + m * {n};", "to[n] = acc;"),
+    )  # fmt: skip
+    arrays = [x, packing.pack_bytes(weight), np.empty((m, n), np.int32)]
+    units = packing.matmul_units(1, m, n)
+    call = functools.partial(torch._int_mm, torch.from_numpy(x), torch.from_numpy(weight))
+    return Case(name, 2 * m * n * k, source, arrays, int(units), call, "int8")
 
 
 def image_context(oc: int, size: int, kernel: int, stride: int, padding: int) -> tuple[int, dict[str, object]]:

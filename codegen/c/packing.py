@@ -17,6 +17,8 @@ PANEL = 32
 """Output columns that lie side by side in packed weights."""
 CHANNELS = 16
 """Channels that lie side by side in a channels-blocked image."""
+WORD = 4
+"""Bytes that kernels read at once along the reduction axis: one float32, two bfloat16 or four int8."""
 ROWS = 96
 """Most rows (of a matrix) or pixels (of an image) in one work unit."""
 
@@ -33,6 +35,31 @@ def pack_matmul(weight: np.ndarray) -> np.ndarray:
     padded = np.zeros((*batch, k, panels * PANEL), weight.dtype)
     padded[..., :n] = weight
     return np.ascontiguousarray(np.moveaxis(padded.reshape(*batch, k, panels, PANEL), -2, -3))
+
+
+def pack_words(weight: np.ndarray) -> np.ndarray:
+    """``[..., K, N]`` of 2 or 1 bytes an element as panels of 4-byte words ``[..., ceil(N/32), ceil(K/e), 32, e]``.
+
+    The e = 2 or 4 elements of a word are neighbours along K; beyond K there are zeros.
+    """
+    *batch, k, n = weight.shape
+    per = WORD // weight.itemsize
+    words = np.zeros((*batch, -(-k // per) * per, n), weight.dtype)
+    words[..., :k, :] = weight
+    panels = pack_matmul(words)  # [..., panels, K, 32]
+    return np.ascontiguousarray(np.swapaxes(panels.reshape(*panels.shape[:-2], -1, per, PANEL), -1, -2))
+
+
+def pack_bytes(weight: np.ndarray) -> np.ndarray:
+    """int8 ``[..., K, N]`` as panels of words, each with one more row: ``[..., ceil(N/32), ceil(K/4) + 1, 32, 4]``.
+
+    That row holds, as little-endian int32, 128 times the sums of the columns modulo 2^32: what the kernel's left
+    operand, offset by 128 to be unsigned, gives too much.
+    """
+    words = pack_words(weight)
+    offsets = (words.sum((-3, -1), np.int64) * 128).astype("<u4")  # [..., panels, 32]
+    row = offsets[..., None, :, None].view(np.int8)
+    return np.concatenate([words, row], axis=-3)
 
 
 def pack_convolution(weight: np.ndarray) -> np.ndarray:

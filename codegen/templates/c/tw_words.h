@@ -243,4 +243,34 @@ static inline void tw_pair_rows_bf16(uint32_t *restrict to, const uint16_t *rest
     }
 }
 
+/* to[0..ceil(count/2)) = a row of `count` bfloat16, with a zero after a last odd element. */
+static inline void tw_copy_bf16(uint32_t *to, const uint16_t *from, int64_t count) {
+    memcpy(to, from, (size_t)count * 2);
+    if (count % 2) {
+        ((uint16_t *)to)[count] = 0;
+    }
+}
+
+/* Making words of int8: unsigned bytes for a, signed ones for b. */
+
+/* to[0..ceil(count/4)) = a row of `count` signed bytes, each offset by 128; zeros of b meet what the last word lacks. */
+static inline void tw_pack_int8(uint32_t *restrict to, const int8_t *restrict from, int64_t count) {
+    uint8_t *restrict const bytes = (uint8_t *)to;
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        bytes[i] = (uint8_t)from[i] ^ 0x80u;
+    }
+    memset(bytes + count, 0, (size_t)(-count & 3));
+}
+
+/* to[0..32) = the words of four rows of a panel, each of 32 bytes; adds to offsets[32] what the 128 of each a gives. */
+static inline void tw_pack_rows_int8(uint32_t *restrict to, const int8_t *restrict rows, uint32_t *restrict offsets) {
+#pragma omp simd
+    for (int64_t n = 0; n < TW_PANEL; n++) {
+        const int32_t r0 = rows[n], r1 = rows[TW_PANEL + n], r2 = rows[2 * TW_PANEL + n], r3 = rows[3 * TW_PANEL + n];
+        to[n] = (uint32_t)(r0 & 0xff) | (uint32_t)(r1 & 0xff) << 8 | (uint32_t)(r2 & 0xff) << 16 | (uint32_t)r3 << 24;
+        offsets[n] += (uint32_t)(r0 + r1 + r2 + r3) * 128;
+    }
+}
+
 #endif

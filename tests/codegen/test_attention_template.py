@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tilewright.codegen.c.attention_blocks import attention_units, block_rows
+from tilewright.codegen.c.attention_blocks import attention_units, blocks
 from tilewright.runtime import sizes
 
 EVERY = pytest.mark.parametrize(
@@ -15,8 +15,8 @@ EVERY = pytest.mark.parametrize(
 BOTH = pytest.mark.parametrize("target", ["v3", "v4"])
 PRELUDE = """const float *restrict q = buf[0], *restrict k = buf[1], *restrict v = buf[2];
 float *restrict o = buf[3];
-const int64_t B = dim[0], H = dim[1], G = dim[2], SQ = dim[3], SK = dim[4];
-(void)B;"""
+const int64_t B = dim[0], H = dim[1], G = dim[2], SQ = dim[3], SK = dim[4], TOGETHER = dim[5];
+(void)B, (void)TOGETHER;"""
 MASKS = {
     "none": (None, ""),
     "additive": (
@@ -38,8 +38,9 @@ class Attention:
     """A kernel for [B, H, S, D] tensors (or [B, S, H, D] with ``interleaved``)."""
 
     def __init__(self, native, d, dv, target, compiler="gcc", causal=False, mask="none", interleaved=False, scale=None,
-                 gathered=False):  # fmt: skip
-        self.native, self.d, self.dv, self.interleaved = native, d, dv, interleaved
+                 gathered=False, together=False):  # fmt: skip
+        self.native, self.d, self.dv, self.interleaved, self.together = native, d, dv, interleaved, together
+        self.blocks = blocks(d, dv)
         hole, declaration = MASKS[mask]
 
         def row(name, head, heads, position, length, width):
@@ -58,9 +59,11 @@ class Attention:
             "attention.c.jinja",
             name="attention",
             prelude=PRELUDE + declaration,
-            B="B", HEADS="H", GROUP="G", SQ="SQ", SK="SK", D=d, DV=dv, rows=block_rows(d, dv),
+            B="B", HEADS="H", GROUP="G", SQ="SQ", SK="SK", D=d, DV=dv,
+            TOGETHER="TOGETHER" if together else 1, rows=self.blocks.rows, keys=self.blocks.keys, bf16=False,
             scale=float(np.float32(self.scale)).hex() + "f",
             causal=causal,
+            scaled=mask != "none" or self.scale <= 0,
             q=rows(row("q", "h", "H", "i", "SQ", d)),
             k=rows(row("k", "hk", "(H / G)", "j", "SK", d)),
             v=rows(row("v", "hk", "(H / G)", "j", "SK", dv)),
@@ -77,9 +80,10 @@ class Attention:
         order = (0, 2, 1, 3) if self.interleaved else (0, 1, 2, 3)
         arrays = [np.ascontiguousarray(t.transpose(order)) for t in (q, k, v)]
         out = np.full(np.array((b, h, sq, self.dv))[list(order)], np.nan, np.float32)
-        units = attention_units(b, h, sq, self.d, self.dv)
+        together = h // k.shape[1] if self.together else 1
+        units = attention_units(b, h, sq, self.blocks, together)
         for begin, end in split or [(0, units)]:
-            assert self.kernel([*arrays, out, *mask], [b, h, h // k.shape[1], sq, sk], begin, end) == 0
+            assert self.kernel([*arrays, out, *mask], [b, h, h // k.shape[1], sq, sk, together], begin, end) == 0
         return out.transpose(order)
 
 
@@ -217,7 +221,7 @@ def test_a_row_has_the_same_bits_alone_and_in_company(native, target, compiler, 
     q, k, v = inputs(2, 4, 2, 250, sk, d, dv)
     v[0, 0, 280] = np.nan  # also what a row does not reach must not depend on its company
     whole = attention(q, k, v)
-    units = attention_units(2, 4, 250, d, dv)
+    units = attention_units(2, 4, 250, attention.blocks)
     assert units > 20
     pieces = [(unit, unit + 1) for unit in reversed(range(units))]
     np.testing.assert_array_equal(attention(q, k, v, split=pieces), whole)
@@ -231,10 +235,16 @@ def test_a_row_has_the_same_bits_alone_and_in_company(native, target, compiler, 
 
 def test_units():
     for d, dv in ((1, 1), (64, 64), (128, 128), (256, 256), (256, 1), (96, 64)):
-        rows, columns = block_rows(d, dv), -(-dv // 32) * 32
-        assert 12 <= rows <= 96
-        assert 4 * (rows * (d + columns + 128 + 2) + 32 * (d + columns)) <= 128 * 1024 - 4096, "scratch on the stack"
-    units = attention_units("batch", 12, "seq", 64, 64)
+        for bf16 in (False, True):
+            found = blocks(d, dv, bf16=bf16)
+            columns, depth, packed = -(-dv // 32) * 32, d, d + -(-dv // 32) * 32
+            if bf16:
+                depth, packed = -(-d // 2), -(-d // 2) + columns // 2
+            words = found.keys * (packed + 12) + found.rows * (depth + columns + 2)
+            assert 12 <= found.rows <= 96 and 32 <= found.keys <= 256 and found.keys % 32 == 0
+            assert 4 * words <= 176 * 1024, "scratch on the stack"
+    units = attention_units("batch", 12, "seq", blocks(64, 64))
     assert sizes.evaluate(units, {"batch": 2, "seq": 97}) == 2 * 12 * 2
+    assert sizes.evaluate(attention_units("batch", 12, "seq", blocks(64, 64), 4), {"batch": 2, "seq": 25}) == 2 * 3 * 2
     with pytest.raises(ValueError, match="1 to 256"):
-        block_rows(257, 64)
+        blocks(257, 64)

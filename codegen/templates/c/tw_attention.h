@@ -1,8 +1,11 @@
-/* What the attention kernel does between its two matrix products: transposing keys, the running softmax of a row.
+/* What the attention kernel is made of: packing keys and values, tiles of its two products, the running softmax of a row.
  *
  * The softmax is the streaming one (M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018;
  * T. Dao et al., "FlashAttention", 2022): a row keeps its maximum and the sum of exponentials so far, and what it has
  * accumulated is scaled when the maximum grows.
+ *
+ * Keys and values are packed in panels of 32: [panels][depth][32], keys transposed. Operands of products are float32, or
+ * words of two bfloat16 (include tw_words.h first), neighbours along the depth.
  */
 #ifndef TW_ATTENTION_H
 #define TW_ATTENTION_H
@@ -37,28 +40,37 @@ typedef int32_t tw_ivec __attribute__((vector_size(TW_LANES * 4)));
 static inline float tw_lanes_max(tw_vec v) { TW_REDUCE(v, max) }
 static inline float tw_lanes_sum(tw_vec v) { TW_REDUCE(v, add) }
 
-/* tw_exp_nonpositive_f32 on a vector; NaN stays NaN. */
-static inline tw_vec tw_exp_nonpositive_vec(tw_vec x) {
-    const tw_vec zero = {0}, bound = zero - 87.3f;
-    const tw_vec low = TW_MAX(bound, x);
-    const tw_vec shifted = low * TW_LOG2E_HIGH + TW_SHIFT, n = shifted - TW_SHIFT;
-    const tw_vec r = n * -TW_LN2_LOW + (n * -TW_LN2_HIGH + low);
-    tw_vec p = r * 0x1.6a23d0p-10f + 0x1.123a20p-7f;
-    p = r * p + 0x1.5558f2p-5f;
-    p = r * p + 0x1.555492p-3f;
-    p = r * p + 0x1.fffffcp-2f;
-    p = (r * r) * p + r + 1.0f;
+/* 2^x for x <= 0, 0 below -126; NaN stays NaN. The polynomial is that of tw_exp2_f32. */
+static inline tw_vec tw_exp2_nonpositive_vec(tw_vec x) {
+#if TW_LANES == 16
+    const tw_vec r = (tw_vec)_mm512_reduce_ps((__m512)x, 0), n = x - r; /* x = n + r, |r| <= 1/2 */
+#else
+    const tw_vec zero = {0}, bound = zero - 126.0f;
+    const tw_vec low = TW_MAX(bound, x), shifted = low + TW_SHIFT, r = low - (shifted - TW_SHIFT);
+#endif
+    tw_vec p = r * 0x1.41fb82p-13f + 0x1.5f3eacp-10f;
+    p = r * p + 0x1.3b2d4ep-7f;
+    p = r * p + 0x1.c6aee8p-5f;
+    p = r * p + 0x1.ebfbdcp-3f;
+    p = r * p + 0x1.62e430p-1f;
+    p = r * p + 1.0f;
+#if TW_LANES == 16
+    return (tw_vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     p *= (tw_vec)(((tw_ivec)shifted << 23) + 0x3f800000);
     return (tw_vec)((tw_ivec)p & ~(x < bound));
+#endif
 }
 
-/* to[c * 32 + r] = row r's element c, for 8 rows and 8 elements */
-static inline void tw_transpose_8x8(const float *const *rows, int64_t at, float *to) {
+/* ---- packing ---- */
+
+/* to[c * 32 + r] = row r's element c, for 8 rows and 8 elements of 32 bits */
+static inline void tw_transpose_8x8(const void *const *rows, int64_t at, float *to) {
     for (int half = 0; half < 8; half += 4) {
         __m256 v[4];
         for (int r = 0; r < 4; r++) {
-            v[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[r] + at + half)),
-                                        _mm_loadu_ps(rows[r + 4] + at + half), 1);
+            const float *const low = (const float *)rows[r] + at + half, *const high = (const float *)rows[r + 4] + at + half;
+            v[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
         }
         const __m256 a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]);
         const __m256 c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
@@ -69,13 +81,14 @@ static inline void tw_transpose_8x8(const float *const *rows, int64_t at, float 
     }
 }
 
-/* panel[d][32] = 32 rows of `length` floats, transposed */
-static inline void tw_pack_transposed(float *panel, const float *const *rows, int64_t length) {
+/* panel[d][32] = 32 rows of `length` elements of 32 bits, transposed */
+static inline void tw_pack_transposed(void *panel, const void *const *rows, int64_t length) {
+    float *const to = panel;
     for (int64_t row = 0; row < TW_PANEL; row += 8) {
         if (length < 8) {
             for (int64_t d = 0; d < length; d++) {
                 for (int64_t r = row; r < row + 8; r++) {
-                    panel[d * TW_PANEL + r] = rows[r][d];
+                    memcpy(to + d * TW_PANEL + r, (const char *)rows[r] + d * 4, 4);
                 }
             }
             continue;
@@ -83,36 +96,132 @@ static inline void tw_pack_transposed(float *panel, const float *const *rows, in
         /* The last step overlaps the one before it where 8 does not divide the length. */
         for (int64_t d = 0; d < length; d += 8) {
             const int64_t at = tw_smaller(d, length - 8);
-            tw_transpose_8x8(rows + row, at, panel + at * TW_PANEL + row);
+            tw_transpose_8x8(rows + row, at, to + at * TW_PANEL + row);
         }
     }
 }
 
-/* Turns `panels` groups of 32 scores (`step` floats apart) of one row into exponentials against the running maximum and
-   adds them to the running sum. Returns the factor for what the row has accumulated so far. A row that has met only
-   -infinity keeps the sum 0. */
-static inline float tw_softmax_block(float *row, int64_t step, int64_t panels, float *maximum, float *sum) {
-    tw_vec best = tw_load(row);
-    for (int64_t p = 0; p < panels; p++) {
+/* A row of `length` floats into panels that are `pitch` floats apart. */
+static inline void tw_pack_value_f32(float *to, int64_t pitch, const float *from, int64_t length) {
+    int64_t d = 0;
+    for (; d + TW_PANEL <= length; d += TW_PANEL, to += pitch) {
         for (int64_t at = 0; at < TW_PANEL; at += TW_LANES) {
-            best = TW_MAX(best, tw_load(row + p * step + at));
+            tw_store(to + at, tw_load(from + d + at));
         }
     }
-    const float before = *maximum, block = tw_lanes_max(best);
+    memcpy(to, from + d, (length - d) * 4);
+}
+
+/* ---- products ---- */
+
+/* sums[r][0..2*TW_LANES), rows `pitch` floats apart, = sums * factors[r] (0 without factors) + the sum over k < depth of
+   a[r * stride + k] times b[k * step + ...]; a and b in elements of 32 bits. The narrow form does TW_LANES columns. */
+#define TW_LOAD_f32 const tw_vec b0 = tw_load(b), b1 = tw_load(b + TW_LANES);
+#define TW_LOAD_f32_narrow const tw_vec b0 = tw_load(b);
+#define TW_STEPS_f32(ROWS) { TW_LOAD_f32 TW_REPEAT_##ROWS(TW_STEP) }
+#define TW_STEPS_f32_narrow(ROWS) { TW_LOAD_f32_narrow TW_REPEAT_##ROWS(TW_STEP_narrow) }
+#define TW_TILE_POINTER(r) const tw_element *const a##r = a + r * stride;
+#define TW_SCALE(r) \
+    x##r = tw_load(sums + r * pitch) * factors[r], y##r = tw_load(sums + r * pitch + TW_LANES) * factors[r];
+#define TW_SCALE_narrow(r) x##r = tw_load(sums + r * pitch) * factors[r];
+#define TW_KEEP(r) tw_store(sums + r * pitch, x##r), tw_store(sums + r * pitch + TW_LANES, y##r);
+#define TW_KEEP_narrow(r) tw_store(sums + r * pitch, x##r);
+#define TW_DEFINE_TILE(NAME, ELEMENT, STEPS, ZERO, SCALE, KEEP, ROWS) \
+    static __attribute__((unused, noinline)) void NAME##ROWS( \
+        const ELEMENT *a, int64_t stride, const ELEMENT *b, int64_t step, int64_t depth, float *sums, int64_t pitch, \
+        const float *factors) { \
+        typedef ELEMENT tw_element; \
+        TW_REPEAT_##ROWS(TW_TILE_POINTER) \
+        TW_REPEAT_##ROWS(ZERO) \
+        if (factors) { TW_REPEAT_##ROWS(SCALE) } \
+        for (int64_t k = 0; k < depth; k++, b += step) { STEPS(ROWS) } \
+        TW_REPEAT_##ROWS(KEEP) \
+    }
+#define TW_DEFINE_TILES(KIND, ELEMENT, ROWS) \
+    TW_DEFINE_TILE(tw_tile_##KIND##_, ELEMENT, TW_STEPS_##KIND, TW_ZERO, TW_SCALE, TW_KEEP, ROWS) \
+    TW_DEFINE_TILE( \
+        tw_narrow_##KIND##_, ELEMENT, TW_STEPS_##KIND##_narrow, TW_ZERO_narrow, TW_SCALE_narrow, TW_KEEP_narrow, ROWS)
+
+/* The same for `width` columns of one panel, which are rounded up to whole vectors; at most TW_MR rows. */
+#define TW_DEFINE_TILE_OF_ROWS(KIND, ELEMENT) \
+    static inline void tw_tile_##KIND( \
+        int64_t rows, int64_t width, const ELEMENT *a, int64_t stride, const ELEMENT *b, int64_t step, int64_t depth, \
+        float *sums, int64_t pitch, const float *factors) { \
+        for (int64_t c = 0; c < width; c += 2 * TW_LANES) { \
+            if (width - c > TW_LANES) { \
+                TW_SWITCH_ROWS(tw_tile_##KIND##_, rows, a, stride, b + c, step, depth, sums + c, pitch, factors) \
+            } else { \
+                TW_SWITCH_ROWS(tw_narrow_##KIND##_, rows, a, stride, b + c, step, depth, sums + c, pitch, factors) \
+            } \
+        } \
+    }
+
+#ifdef TW_WORDS_H
+#define TW_DEFINE_TILES_bf16(ROWS) TW_DEFINE_TILES(bf16, uint32_t, ROWS)
+TW_FOR_EACH_ROWS(TW_DEFINE_TILES_bf16)
+TW_DEFINE_TILE_OF_ROWS(bf16, uint32_t)
+
+/* Two rows of `length` bfloat16 into panels of words that are `pitch` words apart. */
+static inline void tw_pack_value_bf16(
+    uint32_t *to, int64_t pitch, const uint16_t *even, const uint16_t *odd, int64_t length) {
+    int64_t d = 0;
+    for (; d + TW_PANEL <= length; d += TW_PANEL, to += pitch) {
+        tw_pair_rows_bf16(to, even + d, odd + d);
+    }
+    for (; d < length; d++) {
+        to[d % TW_PANEL] = (uint32_t)even[d] | (uint32_t)odd[d] << 16;
+    }
+}
+
+/* to[0..2*TW_LANES) = two vectors of floats, rounded; `to` may be where they came from. */
+static inline void tw_store_pair_bf16(uint16_t *to, tw_vec first, tw_vec second) {
+#if defined(__AVX512BF16__)
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+    float both[2 * TW_LANES];
+    tw_store(both, first);
+    tw_store(both + TW_LANES, second);
+#pragma omp simd
+    for (int64_t at = 0; at < 2 * TW_LANES; at++) {
+        to[at] = tw_f32_to_bf16(both[at]);
+    }
+#endif
+}
+#else
+#define TW_DEFINE_TILES_f32(ROWS) TW_DEFINE_TILES(f32, float, ROWS)
+TW_FOR_EACH_ROWS(TW_DEFINE_TILES_f32)
+TW_DEFINE_TILE_OF_ROWS(f32, float)
+#endif
+
+/* ---- softmax ---- */
+
+/* Turns `count` scores of one row, a multiple of 32, into exponentials 2^(scale * (score - maximum)) against the running
+   maximum and adds them to the running sum; with tw_words.h, they end as words in the row's first half. Returns the
+   factor for what the row has accumulated so far. A row that has met only -infinity keeps the sum 0. */
+static inline float tw_softmax_block(float *row, int64_t count, float scale, float *maximum, float *sum) {
+    tw_vec best = tw_load(row), other = tw_load(row + TW_LANES);
+    for (int64_t at = 2 * TW_LANES; at < count; at += 2 * TW_LANES) {
+        best = TW_MAX(best, tw_load(row + at));
+        other = TW_MAX(other, tw_load(row + at + TW_LANES));
+    }
+    const float before = *maximum, block = tw_lanes_max(TW_MAX(best, other));
     const float now = block > before ? block : before;
     const float shift = now == -INFINITY ? 0.0f : now;
-    const float factor = now == before ? 1.0f : tw_exp_nonpositive_f32(before - shift);
-    tw_vec total = {0};
-    for (int64_t p = 0; p < panels; p++) {
-        for (int64_t at = 0; at < TW_PANEL; at += TW_LANES) {
-            float *const scores = row + p * step + at;
-            const tw_vec e = tw_exp_nonpositive_vec(tw_load(scores) - shift);
-            tw_store(scores, e);
-            total += e;
-        }
+    const float factor = now == before ? 1.0f : tw_exp2_f32((before - shift) * scale);
+    tw_vec total = {0}, rest = {0};
+    for (int64_t at = 0; at < count; at += 2 * TW_LANES) {
+        const tw_vec e = tw_exp2_nonpositive_vec((tw_load(row + at) - shift) * scale);
+        const tw_vec f = tw_exp2_nonpositive_vec((tw_load(row + at + TW_LANES) - shift) * scale);
+        total += e, rest += f;
+#ifdef TW_WORDS_H
+        tw_store_pair_bf16((uint16_t *)row + at, e, f);
+#else
+        tw_store(row + at, e);
+        tw_store(row + at + TW_LANES, f);
+#endif
     }
     *maximum = now;
-    *sum = *sum * factor + tw_lanes_sum(total);
+    *sum = *sum * factor + tw_lanes_sum(total + rest);
     return factor;
 }
 

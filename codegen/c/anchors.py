@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from ...runtime import sizes
 from ...runtime.sizes import Size
 from .. import anchors
-from ..expr import Expr
+from ..expr import Expr, Load, walk
 from ..kernel import NAME, KernelCode
 from ..templating import Hole, render
 from ..values import Value
@@ -19,7 +19,14 @@ from .frame import prelude
 class Anchored(anchors.Anchored):
     """A region around one anchor whose kernel is a C template."""
 
-    def epilogue(self, index: tuple[Size, ...], outer: Sequence[str], inner: str, acc: Callable[[Expr], Expr]) -> Hole:
+    def epilogue(
+        self,
+        index: tuple[Size, ...],
+        outer: Sequence[str],
+        inner: str,
+        acc: Callable[[Expr], Expr],
+        dtype: str = "float32",
+    ) -> Hole:
         """The stores of the results, given the accumulator at a logical index of the anchor's result.
 
         Args:
@@ -27,17 +34,46 @@ class Anchored(anchors.Anchored):
             outer: the template's variables outside the vector loop.
             inner: the vector loop's variable.
             acc: from the raw accumulator to the anchor's value (adds the bias).
+            dtype: of the accumulator and the anchor's value.
         """
         outside, inside = self.scopes(outer, inner)
-        for parameter, offset, root in self.stores(index, acc):
+        for parameter, offset, root in self.stores(index, acc, dtype):
             inside.store(parameter.name, offset, root)
         return Hole("\n".join(outside.lines), "\n".join(inside.lines))
 
-    def read(self, value: Value, index: tuple[Size, ...], outer: Sequence[str], inner: str, name: str) -> Hole:
-        """A hole that defines ``const float <name>`` as one element of an operand."""
+    def touch(self, index: tuple[Size, ...], row: str, inner: str, acc: Callable[[Expr], Expr]) -> str:
+        """Statements that prefetch what the epilogue at an index will write, and what it reads that varies with ``row``.
+
+        Args:
+            index, acc: as for :meth:`epilogue`.
+            row: the template's variable of a row of the result.
+            inner: the vector loop's variable; the line of its first element is fetched.
+        """
+        stores = self.stores(index, acc)
+        places = {f"{parameter.name}[{self._first(offset, inner)}], 1": None for parameter, offset, _ in stores}
+        for node in walk(self.kernel.builder, [root for _, _, root in stores]):
+            if isinstance(node, Load) and node.mask is None and {row, inner} <= sizes.symbols_of(node.offset):
+                if not sizes.symbols_of(node.offset) & self.kernel.builder.dynamics.keys():
+                    places[f"{node.buffer}[{self._first(node.offset, inner)}], 0"] = None
+        return "\n".join(f"__builtin_prefetch(&{place});" for place in places)
+
+    @staticmethod
+    def _first(offset: Size, inner: str) -> str:
+        return dialect.size(sizes.substitute(offset, {inner: 0}))
+
+    def read(
+        self,
+        value: Value,
+        index: tuple[Size, ...],
+        outer: Sequence[str],
+        inner: str,
+        name: str,
+        dtype: str = "float32",
+    ) -> Hole:
+        """A hole that defines ``<name>`` as one element of an operand, converted to ``dtype``."""
         outside, inside = self.scopes(outer, inner)
-        text = inside.value(self.kernel.builder.cast(value.at(index), "float32"))
-        inside.lines.append(f"const float {name} = {text};")
+        text = inside.value(self.kernel.builder.cast(value.at(index), dtype))
+        inside.lines.append(f"const {dialect.TYPES[dtype]} {name} = {text};")
         return Hole("\n".join(outside.lines), "\n".join(inside.lines))
 
     def scopes(self, outer: Sequence[str], inner: str) -> tuple[Scope, Scope]:

@@ -4,6 +4,9 @@
 - ``depthwise.c.jinja``: one filter per channel, channels-blocked.
 - ``convolution_gathered.c.jinja``: everything else, through the input's index function: few channels (the first layer
   of a network on RGB), other layouts, odd groups, one-dimensional and transposed convolutions.
+
+A bfloat16 convolution multiplies words of two elements and sums in float32; depthwise ones have no use for words and
+multiply in float32. Any other half precision is converted and computed in float32.
 """
 
 from __future__ import annotations
@@ -28,36 +31,44 @@ def convolution_family(task: Task) -> Sequence[Made]:
     found = convolution_of(task)
     geometry, x = found.geometry, found.x
     image = task.storage_of(x) if x.op == "placeholder" else None
-    blocked = image is not None and image.layout == "channels16" and image.dtype == "float32"
+    dtype = "bfloat16" if found.dtype == "bfloat16" else "float32"
+    blocked = image is not None and image.layout == "channels16" and image.dtype == dtype
     if blocked and geometry.depthwise and packing.can_convolve_depthwise(geometry.kernel, geometry.dilation):
         template, weights = "depthwise.c.jinja", _packing_depthwise(geometry)
-    elif (
-        blocked
-        and not geometry.turned
-        and packing.can_convolve_blocked(geometry.channels, geometry.outputs, geometry.groups, geometry.kernel)
-    ):
-        template, weights = "convolution.c.jinja", _packing_blocked(geometry)
+    elif blocked and not geometry.turned and _fills_blocks(geometry, dtype):
+        template, weights = "convolution.c.jinja", _packing_blocked(geometry, dtype)
     elif packing.can_gather(geometry.kernel, geometry.dilation):
-        template, weights = "convolution_gathered.c.jinja", _packing_gathered(geometry)
+        template, weights = "convolution_gathered.c.jinja", _packing_gathered(geometry, dtype)
     else:
         raise CompileError(
             f"{found.anchor}: a window of {geometry.kernel} with dilation {geometry.dilation} is too large"
         )
     packed = task.packed(found.source, weights)
     frame = Frame(task, skip=[found.weight], extra=[packed])
-    code = _build(task, found, frame, template, packed, image if blocked else None)
+    code = _build(task, found, frame, template, packed, image if blocked else None, dtype)
     return [Made(code, frame.storages)]
 
 
-def _packing_blocked(g: Geometry) -> Packing:
-    shape = (-(-g.outputs // packing.PANEL), g.depth, packing.PANEL)
-    return Packing("conv16", shape, lambda weight: packing.pack_convolution(filters(g, weight)))
+def _fills_blocks(g: Geometry, dtype: str) -> bool:
+    """Whether ``convolution.c.jinja`` takes it: no word may reach into the lanes beyond the last channel."""
+    whole = dtype == "float32" or g.channels // g.groups % 2 == 0
+    return whole and packing.can_convolve_blocked(g.channels, g.outputs, g.groups, g.kernel)
 
 
-def _packing_gathered(g: Geometry) -> Packing:
-    shape = (g.groups, -(-(g.outputs // g.groups) // packing.PANEL), g.depth, packing.PANEL)
+def _packing_blocked(g: Geometry, dtype: str) -> Packing:
+    panels, depth = -(-g.outputs // packing.PANEL), g.depth
+    shape = (panels, depth, packing.PANEL) if dtype == "float32" else (panels, depth // 2, packing.PANEL, 2)
+    return Packing("conv16", shape, lambda weight: packing.pack_convolution(filters(g, weight)), dtype)
+
+
+def _packing_gathered(g: Geometry, dtype: str) -> Packing:
+    outer, width = (g.groups, -(-(g.outputs // g.groups) // packing.PANEL)), g.kernel[1]
+    segments = g.depth // width
+    shape = (*outer, g.depth, packing.PANEL)
+    if dtype != "float32":
+        shape = (*outer, -(-segments // 2) * width, packing.PANEL, 2)
     name = f"gathered{g.groups}" + ("t" if g.turned else "")
-    return Packing(name, shape, lambda weight: packing.pack_convolution_gathered(filters(g, weight), g.groups))
+    return Packing(name, shape, lambda weight: packing.pack_convolution_gathered(filters(g, weight), g.groups), dtype)
 
 
 def _packing_depthwise(g: Geometry) -> Packing:
@@ -67,7 +78,7 @@ def _packing_depthwise(g: Geometry) -> Packing:
 
 
 def _build(
-    task: Task, found: Convolution, frame: Frame, template: str, packed: Storage, image: Storage | None
+    task: Task, found: Convolution, frame: Frame, template: str, packed: Storage, image: Storage | None, dtype: str
 ) -> KernelCode:
     g = found.geometry
     work = Anchored(task, found.anchor, frame)
@@ -99,11 +110,15 @@ def _build(
         context["C"] = g.channels
     else:
         context |= {"IC": g.channels, "OC": g.outputs, "groups": g.groups}
-    context["epilogue"] = work.epilogue(index, ("n", "cb", "p"), "lane", with_bias(work, found.bias, channel))
+    acc = with_bias(work, found.bias, channel)
+    context["epilogue"] = work.epilogue(index, ("n", "cb", "p"), "lane", acc)
+    context["touch"] = work.touch(index, "p", "lane", acc)
     return work.code(
         template,
         family="convolution",
         units=units,
+        kind="bf16" if dtype == "bfloat16" else "f32",
+        N=c_size(n),
         flops=g.flops(n, oh, ow),
         H=c_size(images.h),
         W=c_size(images.w),

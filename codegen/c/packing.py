@@ -66,22 +66,30 @@ def pack_convolution(weight: np.ndarray) -> np.ndarray:
     """``[OC, IC/groups, KH, KW]`` for ``convolution.c.jinja``: ``[ceil(OC/32), IC/groups * KH * KW, 32]``.
 
     The middle axis runs over blocks of 16 input channels, then KH, KW and the channels in the block; the last block
-    has only the channels that exist.
+    has only the channels that exist. Of 2-byte elements, whose channels are even: ``[ceil(OC/32), IC/groups/2 * KH *
+    KW, 32, 2]``.
     """
     channels = weight.shape[1]
     blocks = [weight[:, first : first + CHANNELS] for first in range(0, channels, CHANNELS)]
     rows = np.concatenate([block.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]) for block in blocks])
-    return pack_matmul(rows)
+    return pack_matmul(rows) if rows.itemsize == WORD else pack_words(rows)
 
 
 def pack_convolution_gathered(weight: np.ndarray, groups: int = 1) -> np.ndarray:
     """``[OC, IC/groups, KH, KW]`` for ``convolution_gathered.c.jinja``.
 
-    Gives ``[groups, ceil(OC/groups/32), IC/groups * KH * KW, 32]``.
+    Gives ``[groups, ceil(OC/groups/32), IC/groups * KH * KW, 32]``. Of 2-byte elements, the words are rows of taps that
+    follow one another (the rows of one channel, then those of the next): ``[..., ceil(IC/groups * KH / 2) * KW, 32, 2]``.
     """
-    outputs = weight.shape[0] // groups
+    outputs, width = weight.shape[0] // groups, weight.shape[-1]
     rows = weight.reshape(groups, outputs, -1).transpose(0, 2, 1)
-    return pack_matmul(rows)
+    if weight.itemsize == WORD:
+        return pack_matmul(rows)
+    segments = rows.shape[1] // width
+    paired = np.zeros((groups, -(-segments // 2) * 2, width, outputs), weight.dtype)
+    paired[:, :segments] = rows.reshape(groups, segments, width, outputs)
+    paired = paired.reshape(groups, -1, 2, width, outputs).swapaxes(2, 3)
+    return pack_words(paired.reshape(groups, -1, outputs))
 
 
 def pack_depthwise(weight: np.ndarray) -> np.ndarray:

@@ -16,8 +16,13 @@ from tilewright.codegen.c.packing import (
 )
 
 POINTERS = "const float *restrict x = buf[0]; const float *restrict w = buf[1]; float *restrict y = buf[2];"
-SIZES = "const int64_t height = dim[0], width = dim[1], out_height = dim[2], out_width = dim[3];"
+SIZES = "const int64_t height = dim[0], width = dim[1], out_height = dim[2], out_width = dim[3], images = dim[4];"
+PRELUDES = {"f32": f"{POINTERS}\nconst float *restrict bias = buf[3];\n{SIZES}"}
+PRELUDES["bf16"] = PRELUDES["f32"].replace("const float *restrict x", "const uint16_t *restrict x").replace(
+    "const float *restrict w", "const uint16_t *restrict w"
+)
 BOTH = pytest.mark.parametrize("target", ["v3", "v4"])
+EVERY = pytest.mark.parametrize("target", ["v3", "v4base", "v4"])
 TWO = pytest.mark.parametrize(("target", "compiler"), [("v3", "gcc"), ("v4", "zig")], ids=lambda text: text)
 
 
@@ -42,7 +47,7 @@ class Case:
         """What both templates take, with the image's sizes as variables."""
         blocks = -(-self.outputs // 16)
         return {
-            "name": "convolve",
+            "name": "convolve", "N": "images",
             "H": "height", "W": "width", "OH": "out_height", "OW": "out_width",
             "IC": self.channels, "OC": self.outputs, "groups": self.groups,
             "KH": self.kernel[0], "KW": self.kernel[1],
@@ -52,11 +57,19 @@ class Case:
         }  # fmt: skip
 
 
-def data(case, batch, image, seed=0):
+def bits(array):
+    """bfloat16 as the kernels read it, of numbers that are such already."""
+    return (np.ascontiguousarray(array).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def data(case, batch, image, kind="f32", seed=0):
+    """Input, weight and bias as float32; of bf16 kernels, numbers that bfloat16 has."""
     generator = np.random.default_rng(seed)
     x = generator.standard_normal((batch, case.channels, *image)).astype(np.float32)
     w = generator.standard_normal((case.outputs, case.channels // case.groups, *case.kernel)).astype(np.float32)
     bias = generator.standard_normal(case.outputs).astype(np.float32)
+    if kind == "bf16":
+        x, w = (torch.from_numpy(array).bfloat16().float().numpy() for array in (x, w))
     return x, w, bias
 
 
@@ -87,40 +100,49 @@ def check(case, y, expected):
     assert np.isnan(rest).all()
 
 
-def blocked_kernel(native, case, target, compiler="gcc"):
+def blocked_kernel(native, case, target, compiler="gcc", kind="f32"):
     context = case.context()
-    hole = native.Hole(context.pop("row"), "to[lane] = acc + bias[cb * 16 + lane];")
-    prelude = f"{POINTERS}\nconst float *restrict bias = buf[3];\n{SIZES}"
-    source = native.render("convolution.c.jinja", prelude=prelude, x_base="x", epilogue=hole, **context)
+    row = context.pop("row")
+    hole = native.Hole(row, "to[lane] = acc + bias[cb * 16 + lane];")
+    source = native.render(
+        "convolution.c.jinja", prelude=PRELUDES[kind], kind=kind, x_base="x", epilogue=hole,
+        touch=f"{{{row} __builtin_prefetch(to, 1);}}", **context,
+    )  # fmt: skip
     return native.build(source, "convolve", target, compiler)
 
 
-def gathered_kernel(native, case, target, compiler="gcc"):
-    """Reads the input as [N, H, W, C] and halves it on the way."""
+def gathered_kernel(native, case, target, compiler="gcc", kind="f32"):
+    """Reads the input, float32, as [N, H, W, C] and halves it on the way."""
     context = case.context()
+    del context["N"]
     hole = native.Hole(context.pop("row"), "to[lane] = acc + bias[cb * 16 + lane];")
     load = native.Hole(
         f"const float *restrict from = x + (n * height + ih) * width * {case.channels} + ic;",
         f"const float x_value = 0.5f * from[iw * {case.channels}];",
     )
-    prelude = f"{POINTERS}\nconst float *restrict bias = buf[3];\n{SIZES}"
-    source = native.render("convolution_gathered.c.jinja", prelude=prelude, load_x=load, epilogue=hole, **context)
+    prelude = PRELUDES[kind].replace("const uint16_t *restrict x", "const float *restrict x") + " (void)images;"
+    source = native.render(
+        "convolution_gathered.c.jinja", prelude=prelude, kind=kind, load_x=load, epilogue=hole, touch="", **context
+    )
     return native.build(source, "convolve", target, compiler)
 
 
-def arguments(native, case, batch, image, new_array, gathered=False):
+def arguments(native, case, batch, image, new_array, gathered=False, kind="f32"):
     """Arrays, sizes, number of units and the expected output."""
-    x, w, bias = data(case, batch, image)
+    x, w, bias = data(case, batch, image, kind)
     out = case.output(image)
     y = new_array((batch, -(-case.outputs // 16), *out, 16))
+    weight = bits(w) if kind == "bf16" else w
     if gathered:
-        arrays = [np.ascontiguousarray(2 * x.transpose(0, 2, 3, 1)), pack_convolution_gathered(w, case.groups), y, bias]
+        packed = pack_convolution_gathered(weight, case.groups)
+        arrays = [np.ascontiguousarray(2 * x.transpose(0, 2, 3, 1)), packed, y, bias]
         geometry = (case.kernel, case.stride, case.dilation)
         units = convolution_gathered_units(batch, *out, case.outputs, case.groups, *geometry)
     else:
-        arrays = [blocked(x, new_array), pack_convolution(w), y, bias]
+        image_of_x = blocked(x, new_array)
+        arrays = [bits(image_of_x) if kind == "bf16" else image_of_x, pack_convolution(weight), y, bias]
         units = convolution_units(batch, *out, case.outputs)
-    return arrays, [*image, *out], units, reference(case, x, w, bias)
+    return arrays, [*image, *out, batch], units, reference(case, x, w, bias)
 
 
 BLOCKED = {
@@ -156,6 +178,36 @@ def test_blocked_with_clang(native, new_array, key, target):
     for batch, image in images:
         arrays, sizes, units, expected = arguments(native, case, batch, image, new_array)
         kernel(arrays, sizes, units)
+        check(case, arrays[2], expected)
+
+
+WORDS = {
+    "pointwise": (Case(42, 72, (1, 1)), [(2, (13, 11)), (1, (1, 1))]),
+    "two channels": (Case(2, 1, (1, 1)), [(1, (5, 3))]),
+    "3x3, stride": (Case(18, 40, stride=(2, 2), padding=(1, 1)), [(1, (28, 27)), (1, (3, 2))]),
+    "groups": (Case(64, 128, padding=(1, 1), groups=2), [(2, (6, 5))]),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("key", WORDS)
+def test_blocked_bfloat16(native, new_array, key, target):
+    case, images = WORDS[key]
+    kernel = blocked_kernel(native, case, target, kind="bf16")
+    for batch, image in images:
+        arrays, sizes, units, expected = arguments(native, case, batch, image, new_array, kind="bf16")
+        assert kernel(arrays, sizes, units) == 0
+        check(case, arrays[2], expected)
+
+
+@EVERY
+def test_many_groups_of_panels(native, new_array, target):
+    """More weights than the second-level cache takes: units go through groups of panels."""
+    for kind, case in (("f32", Case(304, 168, padding=(1, 1))), ("bf16", Case(304, 328, padding=(1, 1)))):
+        kernel = blocked_kernel(native, case, target, kind=kind)
+        arrays, sizes, units, expected = arguments(native, case, 2, (11, 10), new_array, kind=kind)
+        for begin, end in ((0, 3), (3, 4), (4, units - 5), (units - 5, units)):
+            assert kernel(arrays, sizes, begin, end) == 0
         check(case, arrays[2], expected)
 
 
@@ -198,15 +250,36 @@ def test_gathered_with_clang(native, new_array, key, target):
         check(case, arrays[2], expected)
 
 
+SEGMENTS = {
+    "stem 7x7 of RGB": (Case(3, 64, (7, 7), (2, 2), (3, 3)), [(1, (56, 56)), (2, (23, 18)), (1, (1, 1))]),
+    "patches": (Case(3, 70, (16, 16), (16, 16)), [(1, (224, 224)), (2, (33, 47))]),
+    "many channels": (Case(601, 20, (3, 3), padding=(1, 1)), [(1, (9, 8))]),
+    "groups of 3 to 5": (Case(12, 20, (3, 2), (1, 2), (1, 1), groups=4), [(2, (8, 9))]),
+    "one long window": (Case(1, 2, (1, 1000), (1, 160), (0, 300)), [(3, (1, 5000))]),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("key", SEGMENTS)
+def test_gathered_bfloat16(native, new_array, key, target):
+    case, images = SEGMENTS[key]
+    kernel = gathered_kernel(native, case, target, kind="bf16")
+    for batch, image in images:
+        arrays, sizes, units, expected = arguments(native, case, batch, image, new_array, gathered=True, kind="bf16")
+        assert kernel(arrays, sizes, units) == 0
+        check(case, arrays[2], expected)
+
+
 @TWO
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
 @pytest.mark.parametrize("gathered", [False, True], ids=["blocked", "gathered"])
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_same_bits_however_units_are_split_and_alone_as_in_a_batch(
-    native, new_array, target, compiler, gathered, kernel_size
+    native, new_array, target, compiler, gathered, kernel_size, kind
 ):
     case = Case(36, 72, (kernel_size,) * 2, padding=(kernel_size // 2,) * 2)
-    kernel = (gathered_kernel if gathered else blocked_kernel)(native, case, target, compiler)
-    arrays, sizes, units, _ = arguments(native, case, 3, (13, 12), new_array, gathered)
+    kernel = (gathered_kernel if gathered else blocked_kernel)(native, case, target, compiler, kind)
+    arrays, sizes, units, _ = arguments(native, case, 3, (13, 12), new_array, gathered, kind)
     kernel(arrays, sizes, units)
     whole = arrays[2].copy()
     for step in (1, 2, 5):
@@ -215,7 +288,7 @@ def test_same_bits_however_units_are_split_and_alone_as_in_a_batch(
             kernel(arrays, sizes, begin, min(units, begin + step))
         np.testing.assert_array_equal(arrays[2], whole)
     alone = new_array(arrays[2][:1].shape)
-    kernel([arrays[0][1:2].copy(), arrays[1], alone, arrays[3]], sizes, units // 3)
+    kernel([arrays[0][1:2].copy(), arrays[1], alone, arrays[3]], [*sizes[:-1], 1], units // 3)
     np.testing.assert_array_equal(alone, whole[1:2])
 
 

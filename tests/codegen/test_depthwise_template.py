@@ -23,24 +23,25 @@ CASES = {
 IMAGES = [(1, (7, 7)), (2, (14, 13)), (1, (1, 1)), (1, (20, 150)), (1, (45, 44))]
 
 
-def kernel_of(native, case, target, compiler):
+def kernel_of(native, case, target, compiler, kind):
     channels, kernel, stride, padding, dilation = case
     hole = native.Hole(
         f"float *restrict to = y + ((n * {-(-channels // 16)} + cb) * out_height * out_width + p) * 16;",
         "to[lane] = acc + bias[cb * 16 + lane];",
     )
+    pointers = POINTERS.replace("const float *restrict x", "const uint16_t *restrict x") if kind == "bf16" else POINTERS
     source = native.render(
         "depthwise.c.jinja",
         name="depthwise",
-        prelude=f"{POINTERS}\nconst float *restrict bias = buf[3];\n{SIZES}",
+        prelude=f"{pointers}\nconst float *restrict bias = buf[3];\n{SIZES}",
         C=channels, H="height", W="width", OH="out_height", OW="out_width",
         KH=kernel[0], KW=kernel[1], stride=stride, padding=padding, dilation=dilation,
-        x_base="x", w_base="w", epilogue=hole,
+        kind=kind, x_base="x", w_base="w", epilogue=hole, touch="__builtin_prefetch(y + p * 16, 1);",
     )  # fmt: skip
     return native.build(source, "depthwise", target, compiler)
 
 
-def arguments(case, batch, image, new_array):
+def arguments(case, batch, image, new_array, kind):
     """Arrays, sizes, number of units and the expected output; None when the output would be empty."""
     channels, kernel, stride, padding, dilation = case
     sizes = zip(image, kernel, stride, padding, dilation, strict=True)
@@ -49,13 +50,18 @@ def arguments(case, batch, image, new_array):
         return None
     generator = np.random.default_rng(0)
     x = generator.standard_normal((batch, channels, *image)).astype(np.float32)
+    if kind == "bf16":
+        x = torch.from_numpy(x).bfloat16().float().numpy()
     w = generator.standard_normal((channels, 1, *kernel)).astype(np.float32)
     bias = generator.standard_normal(channels).astype(np.float32)
     tensors = (torch.from_numpy(array).double() for array in (x, w, bias))
     expected = torch.conv2d(*tensors, stride, padding, dilation, channels).numpy()
     y = new_array((batch, -(-channels // 16), *out, 16))
     units = depthwise_units(batch, channels, *out, kernel, stride, dilation)
-    return [block_channels(x), pack_depthwise(w), y, bias], [*image, *out], units, expected
+    blocked = block_channels(x)
+    if kind == "bf16":
+        blocked = (blocked.view(np.uint32) >> 16).astype(np.uint16)
+    return [blocked, pack_depthwise(w), y, bias], [*image, *out], units, expected
 
 
 def check(case, y, expected):
@@ -68,15 +74,18 @@ def check(case, y, expected):
 
 
 @pytest.mark.parametrize(
-    ("key", "target", "compiler"),
-    [(key, target, "gcc") for key in CASES for target in ("v3", "v4")] + [("3x3", "v3", "zig"), ("5x5", "v4", "zig")],
+    ("key", "target", "compiler", "kind"),
+    [(key, target, "gcc", "f32") for key in CASES for target in ("v3", "v4")]
+    + [("3x3", "v3", "zig", "f32"), ("5x5", "v4", "zig", "f32")]
+    + [("3x3, stride", target, "gcc", "bf16") for target in ("v3", "v4base", "v4")]
+    + [("dilation", "v4", "gcc", "bf16"), ("5x5", "v3", "zig", "bf16")],
     ids=lambda text: text,
 )
-def test_depthwise(native, new_array, key, target, compiler):
+def test_depthwise(native, new_array, key, target, compiler, kind):
     case = CASES[key]
-    kernel = kernel_of(native, case, target, compiler)
+    kernel = kernel_of(native, case, target, compiler, kind)
     for batch, image in IMAGES:
-        prepared = arguments(case, batch, image, new_array)
+        prepared = arguments(case, batch, image, new_array, kind)
         if prepared is None:
             continue
         arrays, sizes, units, expected = prepared

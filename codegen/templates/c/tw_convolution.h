@@ -4,20 +4,51 @@
  * tap of the kernel is, for one block of 16 input channels, a product of TW_MR rows of 16 by 16 x 32 weights: only the
  * addresses of the rows change from tap to tap, so the sums stay in registers over all taps and channels. A tap that
  * falls outside the image reads zeros.
+ *
+ * There are two KINDs of images: f32, whose words are floats, and bf16, whose words are two neighbouring channels, as in
+ * tw_words.h, which must be included first. Distances count words. A template instantiates the functions that it calls:
+ *
+ *   TW_CONVOLVE(KIND)    tw_convolve_<KIND>, any kernel
+ *   TW_POINTWISE(KIND)   tw_pointwise_<KIND>, kernels of one tap with stride 1
+ *   TW_SLIDE(KIND)       tw_slide_<KIND>, windows along rows of pixels
  */
 #ifndef TW_CONVOLUTION_H
 #define TW_CONVOLUTION_H
 
 #include "tw_simd.h"
 
-/* The image and the kernel that slides over it; distances in floats. */
+#define TW_WORD_f32 float
+#define TW_WORD_bf16 uint32_t
+enum { TW_BLOCK_f32 = 16, TW_BLOCK_bf16 = 8 }; /* words in a block of channels */
+
+/* The step of tw_words.h for floats. */
+#define TW_ZERO_f32(r) TW_ZERO(r)
+#define TW_RESUME_f32(r) TW_RESUME(r)
+#define TW_FINISH_f32(r) TW_FINISH(r)
+#define TW_STEPS_f32(ROWS) \
+    { \
+        const tw_vec b0 = tw_load(b), b1 = tw_load(b + TW_LANES); \
+        TW_REPEAT_##ROWS(TW_STEP) \
+    }
+#define TW_ZERO_f32_narrow(r) TW_ZERO_narrow(r)
+#define TW_RESUME_f32_narrow(r) TW_RESUME_narrow(r)
+#define TW_FINISH_f32_narrow(r) TW_FINISH_narrow(r)
+#define TW_STEPS_f32_narrow(ROWS) \
+    { \
+        const tw_vec b0 = tw_load(b); \
+        TW_REPEAT_##ROWS(TW_STEP_narrow) \
+    }
+
+/* The image and the kernel that slides over it. */
 typedef struct {
-    const float *image;   /* first channel block of this image and group */
-    const float *zeros;   /* 16 zeros */
-    int64_t plane;        /* between channel blocks */
-    int64_t blocks, last; /* channel blocks, and channels in the last one */
-    int64_t kh, kw;       /* taps, at most 64 each way */
+    const void *image;      /* first channel block of this image and group */
+    const void *zeros;      /* a block of zeros */
+    int64_t plane;          /* between channel blocks */
+    int64_t blocks, last;   /* channel blocks, and words of each pixel in the last one */
+    int64_t kh, kw;         /* taps, at most 64 each way */
     int64_t step_h, step_w; /* between taps */
+    const char *ahead;      /* what the next panels need of memory is fetched meanwhile: for each block and tap, ... */
+    int64_t ahead_lines;    /* ... so many lines of 64 bytes */
 } tw_kernel_window;
 
 /* Where the taps of each pixel start, and which rows and columns of taps lie inside the image. */
@@ -37,144 +68,143 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
     return mask;
 }
 
-#define TW_TAP_POINTER(r) const float *a##r;
-#define TW_TAP_INSIDE(r) a##r = w->image + (shift + tile->offset[r]);
-#define TW_TAP_BORDER(r) \
-    a##r = tile->rows[r] >> i & tile->columns[r] >> j & 1 ? w->image + (shift + tile->offset[r]) : w->zeros;
-#define TW_DEFINE_CONVOLVE_AS(KIND, ROWS) \
-    static __attribute__((unused, noinline)) void tw_convolve##KIND##_##ROWS( \
-        const tw_kernel_window *w, const tw_pixel_tile *tile, const float *b, float *sums) { \
-        TW_REPEAT_##ROWS(TW_ZERO##KIND) \
+/* Prefetch into the second-level cache. */
+static inline void tw_fetch_ahead(const char *from, int64_t lines) {
+    for (int64_t line = 0; line < lines; line++) {
+        __builtin_prefetch(from + line * 64, 0, 2);
+    }
+}
+
+/* Call the function of a panel (NAME_<rows>) or of its first 16 columns (NAME_narrow_<rows>), by the number of rows. */
+#if TW_LANES == 16
+#define TW_FOR_EACH_WIDTH(DEFINE, KIND) TW_FOR_EACH_ROWS(DEFINE##_##KIND) TW_FOR_EACH_ROWS(DEFINE##_##KIND##_narrow)
+#define TW_CALL_PANEL(NAME, rows, columns, b, sums, ...) \
+    if ((columns) > 16) { \
+        TW_SWITCH_ROWS(NAME##_, rows, b, sums, __VA_ARGS__) \
+    } else { \
+        TW_SWITCH_ROWS(NAME##_narrow_, rows, b, sums, __VA_ARGS__) \
+    }
+#else
+#define TW_FOR_EACH_WIDTH(DEFINE, KIND) TW_FOR_EACH_ROWS(DEFINE##_##KIND)
+#define TW_CALL_PANEL(NAME, rows, columns, b, sums, ...) \
+    TW_SWITCH_ROWS(NAME##_, rows, b, sums, __VA_ARGS__) \
+    if ((columns) > 16) { \
+        TW_SWITCH_ROWS(NAME##_, rows, b + 16, sums + 16, __VA_ARGS__) \
+    }
+#endif
+
+/* b += the steps of one block of channels, whose length is known but in the last block. */
+#define TW_STEPS_OF_BLOCK(KIND, WIDTH, ROWS) \
+    if (depth == TW_BLOCK_##KIND) { \
+        for (int64_t k = 0; k < TW_BLOCK_##KIND; k++, b += TW_PANEL) { TW_STEPS_##KIND##WIDTH(ROWS) } \
+    } else { \
+        for (int64_t k = 0; k < depth; k++, b += TW_PANEL) { TW_STEPS_##KIND##WIDTH(ROWS) } \
+    }
+
+#define TW_TAP_POINTER(r) const word *a##r;
+#define TW_TAP_INSIDE(r) a##r = at + tile->offset[r];
+#define TW_TAP_BORDER(r) a##r = tile->rows[r] >> i & tile->columns[r] >> j & 1 ? at + tile->offset[r] : w->zeros;
+#define TW_DEFINE_CONVOLVE(KIND, WIDTH, ROWS) \
+    static __attribute__((unused, noinline)) void tw_convolve_##KIND##WIDTH##_##ROWS( \
+        const TW_WORD_##KIND *b, float *sums, const tw_kernel_window *w, const tw_pixel_tile *tile) { \
+        typedef TW_WORD_##KIND word; \
+        const char *ahead = w->ahead; \
+        TW_REPEAT_##ROWS(TW_ZERO_##KIND##WIDTH) \
         for (int64_t block = 0; block < w->blocks; block++) { \
-            const int64_t depth = block + 1 < w->blocks ? 16 : w->last; \
+            const int64_t depth = block + 1 < w->blocks ? TW_BLOCK_##KIND : w->last; \
             for (int64_t i = 0; i < w->kh; i++) { \
                 for (int64_t j = 0; j < w->kw; j++) { \
-                    const int64_t shift = block * w->plane + i * w->step_h + j * w->step_w; \
+                    const word *const at = (const word *)w->image + (block * w->plane + i * w->step_h + j * w->step_w); \
                     TW_REPEAT_##ROWS(TW_TAP_POINTER) \
                     if (tile->inside) { \
                         TW_REPEAT_##ROWS(TW_TAP_INSIDE) \
                     } else { \
                         TW_REPEAT_##ROWS(TW_TAP_BORDER) \
                     } \
-                    for (int64_t k = 0; k < depth; k++, b += TW_PANEL) { \
-                        const tw_vec b0 = tw_load(b), b1 = tw_load(b + TW_LANES); \
-                        (void)b1; \
-                        TW_REPEAT_##ROWS(TW_STEP##KIND) \
-                    } \
+                    tw_fetch_ahead(ahead, w->ahead_lines), ahead += w->ahead_lines * 64; \
+                    TW_STEPS_OF_BLOCK(KIND, WIDTH, ROWS) \
                 } \
             } \
         } \
-        TW_REPEAT_##ROWS(TW_FINISH##KIND) \
+        TW_REPEAT_##ROWS(TW_FINISH_##KIND##WIDTH) \
     }
-#define TW_DEFINE_CONVOLVE(ROWS) TW_DEFINE_CONVOLVE_AS(, ROWS)
-TW_FOR_EACH_ROWS(TW_DEFINE_CONVOLVE)
-#if TW_LANES == 16
-#define TW_DEFINE_CONVOLVE_NARROW(ROWS) TW_DEFINE_CONVOLVE_AS(_narrow, ROWS)
-TW_FOR_EACH_ROWS(TW_DEFINE_CONVOLVE_NARROW)
-#endif
 
-/* One tap, stride 1: the rows are 16 floats apart. */
-#define TW_POINTWISE_POINTER(r) const float *const a##r = a + r * 16;
-#define TW_DEFINE_POINTWISE_AS(KIND, ROWS) \
-    static __attribute__((unused, noinline)) void tw_pointwise##KIND##_##ROWS( \
-        const tw_kernel_window *w, const float *a, const float *b, float *sums) { \
-        TW_REPEAT_##ROWS(TW_ZERO##KIND) \
+/* One tap, stride 1: the rows are a block apart. */
+#define TW_POINTWISE_POINTER(r) const word *const a##r = a + r * apart;
+#define TW_DEFINE_POINTWISE(KIND, WIDTH, ROWS) \
+    static __attribute__((unused, noinline)) void tw_pointwise_##KIND##WIDTH##_##ROWS( \
+        const TW_WORD_##KIND *b, float *sums, const tw_kernel_window *w, int64_t first) { \
+        typedef TW_WORD_##KIND word; \
+        enum { apart = TW_BLOCK_##KIND }; \
+        const word *a = (const word *)w->image + first * apart; \
+        const char *ahead = w->ahead; \
+        TW_REPEAT_##ROWS(TW_ZERO_##KIND##WIDTH) \
         for (int64_t block = 0; block < w->blocks; block++, a += w->plane) { \
-            const int64_t depth = block + 1 < w->blocks ? 16 : w->last; \
+            const int64_t depth = block + 1 < w->blocks ? apart : w->last; \
             TW_REPEAT_##ROWS(TW_POINTWISE_POINTER) \
-            for (int64_t k = 0; k < depth; k++, b += TW_PANEL) { \
-                const tw_vec b0 = tw_load(b), b1 = tw_load(b + TW_LANES); \
-                (void)b1; \
-                TW_REPEAT_##ROWS(TW_STEP##KIND) \
-            } \
+            tw_fetch_ahead(ahead, w->ahead_lines), ahead += w->ahead_lines * 64; \
+            TW_STEPS_OF_BLOCK(KIND, WIDTH, ROWS) \
         } \
-        TW_REPEAT_##ROWS(TW_FINISH##KIND) \
+        TW_REPEAT_##ROWS(TW_FINISH_##KIND##WIDTH) \
     }
-#define TW_DEFINE_POINTWISE(ROWS) TW_DEFINE_POINTWISE_AS(, ROWS)
-TW_FOR_EACH_ROWS(TW_DEFINE_POINTWISE)
-#if TW_LANES == 16
-#define TW_DEFINE_POINTWISE_NARROW(ROWS) TW_DEFINE_POINTWISE_AS(_narrow, ROWS)
-TW_FOR_EACH_ROWS(TW_DEFINE_POINTWISE_NARROW)
-#endif
+
+/* Windows that slide along rows: pixel r, segment s (a channel and a row of taps) and tap j read
+ * a[r*pixel_step + s*segment_step + j*tap_step]. */
+#define TW_SLIDE_POINTER(r) const word *const a##r = a + r * pixel_step;
+#define TW_DEFINE_SLIDE(KIND, WIDTH, ROWS) \
+    static __attribute__((unused, noinline)) void tw_slide_##KIND##WIDTH##_##ROWS( \
+        const TW_WORD_##KIND *b, float *sums, const TW_WORD_##KIND *a, int64_t pixel_step, int64_t segments, \
+        int64_t segment_step, int64_t taps, int64_t tap_step, int resume) { \
+        typedef TW_WORD_##KIND word; \
+        TW_REPEAT_##ROWS(TW_ZERO_##KIND##WIDTH) \
+        if (resume) { TW_REPEAT_##ROWS(TW_RESUME_##KIND##WIDTH) } \
+        for (int64_t s = 0; s < segments; s++, a += segment_step) { \
+            TW_REPEAT_##ROWS(TW_SLIDE_POINTER) \
+            for (int64_t j = 0, k = 0; j < taps; j++, k += tap_step, b += TW_PANEL) { TW_STEPS_##KIND##WIDTH(ROWS) } \
+        } \
+        TW_REPEAT_##ROWS(TW_FINISH_##KIND##WIDTH) \
+    }
+
+#define TW_DEFINE_CONVOLVE_f32(ROWS) TW_DEFINE_CONVOLVE(f32, , ROWS)
+#define TW_DEFINE_CONVOLVE_f32_narrow(ROWS) TW_DEFINE_CONVOLVE(f32, _narrow, ROWS)
+#define TW_DEFINE_CONVOLVE_bf16(ROWS) TW_DEFINE_CONVOLVE(bf16, , ROWS)
+#define TW_DEFINE_CONVOLVE_bf16_narrow(ROWS) TW_DEFINE_CONVOLVE(bf16, _narrow, ROWS)
+#define TW_DEFINE_POINTWISE_f32(ROWS) TW_DEFINE_POINTWISE(f32, , ROWS)
+#define TW_DEFINE_POINTWISE_f32_narrow(ROWS) TW_DEFINE_POINTWISE(f32, _narrow, ROWS)
+#define TW_DEFINE_POINTWISE_bf16(ROWS) TW_DEFINE_POINTWISE(bf16, , ROWS)
+#define TW_DEFINE_POINTWISE_bf16_narrow(ROWS) TW_DEFINE_POINTWISE(bf16, _narrow, ROWS)
+#define TW_DEFINE_SLIDE_f32(ROWS) TW_DEFINE_SLIDE(f32, , ROWS)
+#define TW_DEFINE_SLIDE_f32_narrow(ROWS) TW_DEFINE_SLIDE(f32, _narrow, ROWS)
+#define TW_DEFINE_SLIDE_bf16(ROWS) TW_DEFINE_SLIDE(bf16, , ROWS)
+#define TW_DEFINE_SLIDE_bf16_narrow(ROWS) TW_DEFINE_SLIDE(bf16, _narrow, ROWS)
 
 /* sums[pixels][32] = the convolution of the pixels of a tile with one packed panel, of which at least the first
  * `columns` are computed. */
-static inline void tw_convolve(
-    int64_t pixels, int64_t columns, const tw_kernel_window *w, const tw_pixel_tile *tile, const float *b,
-    float *sums) {
-#if TW_LANES == 16
-    if (columns > 16) {
-        TW_SWITCH_ROWS(tw_convolve_, pixels, w, tile, b, sums)
-    } else {
-        TW_SWITCH_ROWS(tw_convolve_narrow_, pixels, w, tile, b, sums)
+#define TW_CONVOLVE(KIND) \
+    TW_FOR_EACH_WIDTH(TW_DEFINE_CONVOLVE, KIND) \
+    static inline void tw_convolve_##KIND( \
+        int64_t pixels, int64_t columns, const tw_kernel_window *w, const tw_pixel_tile *tile, \
+        const TW_WORD_##KIND *b, float *sums) { \
+        TW_CALL_PANEL(tw_convolve_##KIND, pixels, columns, b, sums, w, tile) \
     }
-#else
-    TW_SWITCH_ROWS(tw_convolve_, pixels, w, tile, b, sums)
-    if (columns > 16) {
-        TW_SWITCH_ROWS(tw_convolve_, pixels, w, tile, b + 16, sums + 16)
-    }
-#endif
-}
 
 /* The same for a kernel of one tap and stride 1; first is the first pixel of the tile. */
-static inline void tw_pointwise(
-    int64_t pixels, int64_t columns, const tw_kernel_window *w, int64_t first, const float *b, float *sums) {
-#if TW_LANES == 16
-    if (columns > 16) {
-        TW_SWITCH_ROWS(tw_pointwise_, pixels, w, w->image + first * 16, b, sums)
-    } else {
-        TW_SWITCH_ROWS(tw_pointwise_narrow_, pixels, w, w->image + first * 16, b, sums)
+#define TW_POINTWISE(KIND) \
+    TW_FOR_EACH_WIDTH(TW_DEFINE_POINTWISE, KIND) \
+    static inline void tw_pointwise_##KIND( \
+        int64_t pixels, int64_t columns, const tw_kernel_window *w, int64_t first, const TW_WORD_##KIND *b, \
+        float *sums) { \
+        TW_CALL_PANEL(tw_pointwise_##KIND, pixels, columns, b, sums, w, first) \
     }
-#else
-    TW_SWITCH_ROWS(tw_pointwise_, pixels, w, w->image + first * 16, b, sums)
-    if (columns > 16) {
-        TW_SWITCH_ROWS(tw_pointwise_, pixels, w, w->image + first * 16, b + 16, sums + 16)
-    }
-#endif
-}
 
-/* sums[pixels][32] (+)= windows that slide along rows: pixel r, segment s (a channel and a row of taps) and tap j read
- * a[r*pixel_step + s*segment_step + j*tap_step]. */
-#define TW_SLIDE_POINTER(r) const float *const a##r = a + r * pixel_step;
-#define TW_DEFINE_SLIDE_AS(KIND, ROWS) \
-    static __attribute__((unused, noinline)) void tw_slide##KIND##_##ROWS( \
-        const float *a, int64_t pixel_step, int64_t segments, int64_t segment_step, int64_t taps, int64_t tap_step, \
-        const float *b, float *sums, int resume) { \
-        TW_REPEAT_##ROWS(TW_ZERO##KIND) \
-        if (resume) { TW_REPEAT_##ROWS(TW_RESUME##KIND) } \
-        for (int64_t s = 0; s < segments; s++, a += segment_step) { \
-            TW_REPEAT_##ROWS(TW_SLIDE_POINTER) \
-            for (int64_t j = 0, k = 0; j < taps; j++, k += tap_step, b += TW_PANEL) { \
-                const tw_vec b0 = tw_load(b), b1 = tw_load(b + TW_LANES); \
-                (void)b1; \
-                TW_REPEAT_##ROWS(TW_STEP##KIND) \
-            } \
-        } \
-        TW_REPEAT_##ROWS(TW_FINISH##KIND) \
+/* sums[pixels][32] (+)= windows that slide along rows. */
+#define TW_SLIDE(KIND) \
+    TW_FOR_EACH_WIDTH(TW_DEFINE_SLIDE, KIND) \
+    static inline void tw_slide_##KIND( \
+        int64_t pixels, int64_t columns, const TW_WORD_##KIND *a, int64_t pixel_step, int64_t segments, \
+        int64_t segment_step, int64_t taps, int64_t tap_step, const TW_WORD_##KIND *b, float *sums, int resume) { \
+        TW_CALL_PANEL( \
+            tw_slide_##KIND, pixels, columns, b, sums, a, pixel_step, segments, segment_step, taps, tap_step, resume) \
     }
-#define TW_DEFINE_SLIDE(ROWS) TW_DEFINE_SLIDE_AS(, ROWS)
-TW_FOR_EACH_ROWS(TW_DEFINE_SLIDE)
-#if TW_LANES == 16
-#define TW_DEFINE_SLIDE_NARROW(ROWS) TW_DEFINE_SLIDE_AS(_narrow, ROWS)
-TW_FOR_EACH_ROWS(TW_DEFINE_SLIDE_NARROW)
-#endif
-
-static inline void tw_slide(
-    int64_t pixels, int64_t columns, const float *a, int64_t pixel_step, int64_t segments, int64_t segment_step,
-    int64_t taps, int64_t tap_step, const float *b, float *sums, int resume) {
-#if TW_LANES == 16
-    if (columns > 16) {
-        TW_SWITCH_ROWS(tw_slide_, pixels, a, pixel_step, segments, segment_step, taps, tap_step, b, sums, resume)
-    } else {
-        TW_SWITCH_ROWS(tw_slide_narrow_, pixels, a, pixel_step, segments, segment_step, taps, tap_step, b, sums, resume)
-    }
-#else
-    TW_SWITCH_ROWS(tw_slide_, pixels, a, pixel_step, segments, segment_step, taps, tap_step, b, sums, resume)
-    if (columns > 16) {
-        TW_SWITCH_ROWS(
-            tw_slide_, pixels, a, pixel_step, segments, segment_step, taps, tap_step, b + 16, sums + 16, resume)
-    }
-#endif
-}
 
 #endif

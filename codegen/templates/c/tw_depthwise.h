@@ -2,7 +2,19 @@
 #ifndef TW_DEPTHWISE_H
 #define TW_DEPTHWISE_H
 
+#include "tw_half.h"
 #include "tw_simd.h"
+
+/* Copy a row of the image as float32. */
+static inline void tw_read_f32(float *restrict to, const float *restrict from, int64_t count) {
+    memcpy(to, from, count * sizeof(float));
+}
+static inline void tw_read_bf16(float *restrict to, const uint16_t *restrict from, int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        to[i] = tw_bf16_to_f32(from[i]);
+    }
+}
 
 /* sums[r][16] = sum over i < kh, j < kw of a[i*row_step + j*tap_step + r*pixel_step] * weights[i*kw + j]; every term is
  * a vector of 16. */

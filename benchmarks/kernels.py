@@ -167,7 +167,7 @@ def linear_bf16(name: str, m: int, n: int, k: int, left: str = "bfloat16") -> Ca
     kind = "float" if left == "float32" else "uint16_t"
     source = render(
         "matmul.c.jinja", name="kernel", kind="bfloat16", BATCH=1, M=m, N=n, K=k,
-        prelude=f"const {kind} *restrict x = buf[0]; const uint16_t *restrict w = buf[1]; uint16_t *restrict y = buf[2];",
+        prelude=f"const {kind} *restrict x = buf[0]; uint16_t *restrict w = buf[1], *restrict y = buf[2];",
         a_direct=True, a_base="x", a_stride=k, a_storage=left, b_packed=True, b_base="w",
         epilogue=Hole(f"uint16_t *restrict to = y + m * {n};", "to[n] = tw_f32_to_bf16(acc);"),
     )  # fmt: skip

@@ -37,22 +37,25 @@ class Anchored:
         """Logical shape of the anchor's result."""
         return self.region.shape(self.anchor)
 
-    def stores(self, index: tuple[Size, ...], acc: Callable[[Expr], Expr]) -> list[tuple[Parameter, Size, Expr]]:
+    def stores(
+        self, index: tuple[Size, ...], acc: Callable[[Expr], Expr], dtype: str = "float32"
+    ) -> list[tuple[Parameter, Size, Expr]]:
         """(parameter, offset, value) of every result, given the accumulator ``acc`` at an index of the anchor's result.
 
         Args:
             index: in terms of the template's variables.
             acc: from the raw accumulator to the anchor's value (adds the bias).
+            dtype: of the accumulator and the anchor's value.
         """
         builder = self.kernel.builder
-        result = acc(builder.scalar("acc", "float32"))
+        result = acc(builder.scalar("acc", dtype))
 
         def at(asked: tuple[Size, ...], mask: Expr | None) -> Expr:
             if asked != index:
                 raise CompileError(f"the epilogue of {self.anchor} reads the result at another element than it makes")
             return result
 
-        self.env[self.anchor] = Value(self.shape(), "float32", at)
+        self.env[self.anchor] = Value(self.shape(), dtype, at)
         interpret(self.region, self.task.nested.graph.nodes, self.env)
         stores: list[tuple[Parameter, Size, Expr]] = []
         values = result_values(self.task.nested, self.env)
@@ -77,7 +80,7 @@ class Anchored:
 
 
 def affine_rows(expr: Expr, row: str, column: str) -> tuple[str, Size, Size] | None:
-    """(buffer, offset at row 0 and column 0, row stride) of a float32 load that walks rows of contiguous elements."""
+    """(buffer, offset at row 0 and column 0, row stride) of a load that walks rows of contiguous elements."""
     if not isinstance(expr, Load) or expr.mask is not None:
         return None
     if coefficient(expr.offset, column) != 1:

@@ -1,7 +1,8 @@
 """What the matmul families of all dialects share: a matrix product as ``sum over k of a[b, m, k] * w[b, k, n]``.
 
-``linear``, ``mm``, ``bmm``, ``matmul``, ``addmm`` and ``baddbmm`` differ in how their operands and results spell the
-four variables. A product with a matrix or a vector on the right has one batch entry, and its rows are all leading axes.
+``linear``, ``mm``, ``bmm``, ``matmul``, ``addmm``, ``baddbmm`` and ``_int_mm`` differ in how their operands and results
+spell the four variables. A product with a matrix or a vector on the right has one batch entry, and its rows are all
+leading axes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from .values import Kernel, Value, broadcast, reshape
 LINEAR = frozenset(overloads("linear"))
 PRODUCTS = frozenset(overloads("mm", "bmm", "matmul"))
 ADDED = frozenset(overloads("addmm", "baddbmm"))
-TARGETS = LINEAR | PRODUCTS | ADDED
+INTEGER = frozenset(overloads("_int_mm"))
+"""int8 by int8 to int32."""
+TARGETS = LINEAR | PRODUCTS | ADDED | INTEGER
 COMPUTED = ("float32", "float16", "bfloat16")
 """Dtypes that the templates multiply; others are plain reductions."""
 

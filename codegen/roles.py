@@ -12,7 +12,7 @@ DEVICES = ("cpu", "cuda")
 """The kinds of device that code is generated for; passes and lowering run once per kind."""
 
 _ANCHORS = {
-    **dict.fromkeys(matmul.LINEAR | matmul.PRODUCTS, Anchor("matmul", (0, 1))),
+    **dict.fromkeys(matmul.LINEAR | matmul.PRODUCTS | matmul.INTEGER, Anchor("matmul", (0, 1))),
     **dict.fromkeys(matmul.ADDED, Anchor("matmul", (1, 2))),
     **dict.fromkeys(convolution.TARGETS, Anchor("convolution", (0,))),
     **dict.fromkeys(attention.TARGETS, Anchor("attention", (0, 1, 2), epilogue=False, tail=True)),

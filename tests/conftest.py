@@ -86,11 +86,17 @@ def compiled(build: Callable[..., Model], isolate: Callable[[Program], Program])
     """Compile a module, with all passes or (``passes=False``) with every operator on its own."""
 
     def run(
-        module: torch.nn.Module, args: Sequence[Any], shapes: Any = None, *, passes: bool = True, target: str = "cpu"
+        module: torch.nn.Module,
+        args: Sequence[Any],
+        shapes: Any = None,
+        *,
+        passes: bool = True,
+        target: str = "cpu",
+        precision: str = "auto",
     ) -> Model:
         program = capture("main", module.eval(), args, {}, shapes)
         if passes:
-            PassManager(pipeline(fusion_roles())).run(program)
+            PassManager(pipeline(fusion_roles(), "cpu", precision)).run(program)
         else:
             isolate(program)
         return build([program], target)

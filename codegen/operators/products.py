@@ -24,7 +24,7 @@ def _linear(region: Region, node: fx.Node, a: Value, weight: Value, bias: Value 
     return total if bias is None else _added(region, node, total, bias, 1, 1)
 
 
-@lowers(*overloads("mm", "bmm", "matmul"), role="anchor", family="matmul")
+@lowers(*overloads("mm", "bmm", "matmul", "_int_mm"), role="anchor", family="matmul")
 def _matmul(region: Region, node: fx.Node, a: Value, b: Value) -> Value:
     return _product(region, node, a, b)
 

@@ -204,27 +204,37 @@ static inline float tw_erf_f32(float x) {
     return __builtin_copysignf(z < 0.89f ? near : far, x);
 }
 
-/* x Phi(x), Phi the normal distribution function. The error is below 2 units of x * 2^-24: Phi(-|x|) = exp(P(|x|)), P
+/* 2^p for -126 <= p <= 0, and 0 for p = -127: what an epilogue can afford. The terms are paired, so that the chain of
+   operations that wait for each other is short. */
+static inline float tw_exp2_short_f32(float p) {
+    const float shifted = p + TW_SHIFT, r = p - (shifted - TW_SHIFT), square = r * r;
+    const float low = __builtin_fmaf(r, 0x1.ebfbdcp-3f, 0x1.62e430p-1f);
+    const float middle = __builtin_fmaf(r, 0x1.3b2d4ep-7f, 0x1.c6aee8p-5f);
+    const float high = __builtin_fmaf(r, 0x1.41fb82p-13f, 0x1.5f3eacp-10f);
+    const float rest = __builtin_fmaf(square, __builtin_fmaf(square, high, middle), low);
+    return __builtin_fmaf(r, rest, 1.0f) * tw_from_bits_f32((tw_bits_f32(shifted) << 23) + 0x3f800000u);
+}
+
+/* x Phi(x), Phi the normal distribution function. The error is below 2 units of x * 2^-24: Phi(-|x|) = 2^P(|x|), P
    fitted to the logarithm up to 5.6, from where on it counts as 0. NaN at -infinity as in PyTorch. */
 static inline float tw_gelu_f32(float x) {
-    const float z = fabsf(x);
-    float p = __builtin_fmaf(z, 0x1.42125ep-23f, -0x1.d932f8p-19f);
-    p = __builtin_fmaf(z, p, 0x1.15b57ap-15f);
-    p = __builtin_fmaf(z, p, -0x1.2057e4p-13f);
-    p = __builtin_fmaf(z, p, -0x1.8e9e56p-14f);
-    p = __builtin_fmaf(z, p, 0x1.41bc52p-8f);
-    p = __builtin_fmaf(z, p, -0x1.2a32f6p-5f);
-    p = __builtin_fmaf(z, p, -0x1.45eec2p-2f);
-    p = __builtin_fmaf(z, p, -0x1.988486p-1f);
-    p = __builtin_fmaf(z, p, -0x1.62e430p-1f);
-    const float tail = tw_exp_nonpositive_f32(z > 5.6f ? -88.0f : p);
+    const float z = fabsf(x), square = z * z, fourth = square * square;
+    const float p1 = __builtin_fmaf(z, -0x1.d638aep-2f, -0x1.26aee6p0f);
+    const float p3 = __builtin_fmaf(z, 0x1.d02a98p-8f, -0x1.ae35d8p-5f);
+    const float p5 = __builtin_fmaf(z, -0x1.9ffdd2p-13f, -0x1.1f8ae0p-13f);
+    const float p7 = __builtin_fmaf(z, -0x1.55574cp-18f, 0x1.90a634p-15f);
+    const float high = __builtin_fmaf(fourth, 0x1.d0a6bcp-23f, __builtin_fmaf(square, p7, p5));
+    const float rest = __builtin_fmaf(fourth, high, __builtin_fmaf(square, p3, p1));
+    const float tail = tw_exp2_short_f32(z > 5.6f ? -127.0f : __builtin_fmaf(z, rest, -1.0f));
     return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
 /* x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, written as x sigmoid(2 ...). The error is below 3 units of
    x * 2^-24. NaN at -infinity as in PyTorch. */
 static inline float tw_gelu_tanh_f32(float x) {
-    return x * tw_sigmoid_f32(x * __builtin_fmaf(x * x, 0x1.2444f2p-4f, 0x1.988454p0f));
+    const float p = -fabsf(x) * __builtin_fmaf(x * x, 0x1.a5a7cep-4f, 0x1.26aec2p1f);
+    const float e = tw_exp2_short_f32(p < -126.0f ? -127.0f : p);
+    return x * (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
 /* ---- powers and roots ---- */

@@ -42,24 +42,22 @@ class Anchored(anchors.Anchored):
         return Hole("\n".join(outside.lines), "\n".join(inside.lines))
 
     def touch(self, index: tuple[Size, ...], row: str, inner: str, acc: Callable[[Expr], Expr]) -> str:
-        """Statements that prefetch what the epilogue at an index will write, and what it reads that varies with ``row``.
+        """Statements that prefetch what the epilogue at an index writes, and what it reads that varies with ``row``.
 
         Args:
-            index, acc: as for :meth:`epilogue`.
+            index: as for :meth:`epilogue`.
             row: the template's variable of a row of the result.
             inner: the vector loop's variable; the line of its first element is fetched.
+            acc: as for :meth:`epilogue`.
         """
-        stores = self.stores(index, acc)
-        places = {f"{parameter.name}[{self._first(offset, inner)}], 1": None for parameter, offset, _ in stores}
-        for node in walk(self.kernel.builder, [root for _, _, root in stores]):
-            if isinstance(node, Load) and node.mask is None and {row, inner} <= sizes.symbols_of(node.offset):
-                if not sizes.symbols_of(node.offset) & self.kernel.builder.dynamics.keys():
-                    places[f"{node.buffer}[{self._first(node.offset, inner)}], 0"] = None
+        builder, stores = self.kernel.builder, self.stores(index, acc)
+        places = {f"{parameter.name}[{_first(offset, inner)}], 1": None for parameter, offset, _ in stores}
+        for node in walk(builder, [root for _, _, root in stores]):
+            if isinstance(node, Load) and node.mask is None:
+                symbols = sizes.symbols_of(node.offset)
+                if {row, inner} <= symbols and not symbols & builder.dynamics.keys():
+                    places[f"{node.buffer}[{_first(node.offset, inner)}], 0"] = None
         return "\n".join(f"__builtin_prefetch(&{place});" for place in places)
-
-    @staticmethod
-    def _first(offset: Size, inner: str) -> str:
-        return dialect.size(sizes.substitute(offset, {inner: 0}))
 
     def read(
         self,
@@ -101,3 +99,8 @@ class Anchored(anchors.Anchored):
 def c_size(size: Size) -> int | str:
     """A size for a template: an int, or C text in parentheses."""
     return size if isinstance(size, int) else f"({dialect.size(size)})"
+
+
+def _first(offset: Size, inner: str) -> str:
+    """C text of an offset where the vector loop starts."""
+    return dialect.size(sizes.substitute(offset, {inner: 0}))

@@ -2,6 +2,7 @@
 
 - ``convolution.c.jinja``: the input lies channels-blocked; rows of pixels stream through the register tile in place.
 - ``depthwise.c.jinja``: one filter per channel, channels-blocked.
+- ``winograd.c.jinja``: 3x3 convolutions for which ``winograd_selection.py`` chose it.
 - ``convolution_gathered.c.jinja``: everything else, through the input's index function: few channels (the first layer
   of a network on RGB), other layouts, odd groups, one-dimensional and transposed convolutions.
 
@@ -20,7 +21,7 @@ from ..kernel import KernelCode
 from ..regions import Frame, Made, Task
 from ..storage import Packing, Storage
 from ..values import LANES
-from . import packing
+from . import packing, winograd
 from .anchors import Anchored, c_size
 
 __all__ = ["TARGETS", "convolution_family"]
@@ -33,6 +34,10 @@ def convolution_family(task: Task) -> Sequence[Made]:
     image = task.storage_of(x) if x.op == "placeholder" else None
     dtype = "bfloat16" if found.dtype == "bfloat16" else "float32"
     blocked = image is not None and image.layout == "channels16" and image.dtype == dtype
+    choice = task.node.meta.get(winograd.META)
+    if choice is not None:
+        assert image is not None and winograd.refuse(found, image) is None
+        return [winograd.winograd(task, found, image, choice)]
     if blocked and geometry.depthwise and packing.can_convolve_depthwise(geometry.kernel, geometry.dilation):
         template, weights = "depthwise.c.jinja", _packing_depthwise(geometry)
     elif blocked and not geometry.turned and _fills_blocks(geometry, dtype):

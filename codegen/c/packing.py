@@ -78,8 +78,8 @@ def pack_convolution(weight: np.ndarray) -> np.ndarray:
 def pack_convolution_gathered(weight: np.ndarray, groups: int = 1) -> np.ndarray:
     """``[OC, IC/groups, KH, KW]`` for ``convolution_gathered.c.jinja``.
 
-    Gives ``[groups, ceil(OC/groups/32), IC/groups * KH * KW, 32]``. Of 2-byte elements, the words are rows of taps that
-    follow one another (the rows of one channel, then those of the next): ``[..., ceil(IC/groups * KH / 2) * KW, 32, 2]``.
+    Gives ``[groups, ceil(OC/groups/32), IC/groups * KH * KW, 32]``. Of 2-byte elements, a word holds two rows of taps
+    that follow one another (those of one channel, then those of the next): ``[..., ceil(IC/groups * KH / 2) * KW, 32, 2]``.
     """
     outputs, width = weight.shape[0] // groups, weight.shape[-1]
     rows = weight.reshape(groups, outputs, -1).transpose(0, 2, 1)

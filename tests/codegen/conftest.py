@@ -8,7 +8,7 @@
         kernel([x, w, y], [m, n, k], units)                 # units [0, units)
         assert kernel([x, w, y], [m, n, k], 3, 7) == 0      # units [3, 7); returns the fault word
 
-Tests parametrize over ``target`` ("v3"; "v4base"; "v4", with VNNI and BF16 too) and ``compiler`` ("gcc", "zig"); a target
+Tests parametrize over ``target`` ("v3"; "v4base"; "v4" with VNNI and BF16) and ``compiler`` ("gcc", "zig"); a target
 that the processor cannot run skips the test. With TILEWRIGHT_TEST_SANITIZE=1 (and libasan preloaded) gcc builds carry
 address and undefined-behaviour sanitizers.
 """
@@ -126,7 +126,7 @@ class Native:
     def build(
         self, source: str, name: str, target: str = "v3", compiler: str = "gcc", flags: Sequence[str] = ()
     ) -> Kernel:
-        """Compile C text for a target (``v3``, ``v4base``, ``v4``) with ``gcc`` or ``zig`` and load function ``name``."""
+        """Compile C text for a target ("v3", "v4base", "v4") with ``gcc`` or ``zig`` and load function ``name``."""
         if not NEEDS[target] <= processor_features():
             pytest.skip(f"this processor cannot run {target}")
         return Kernel(self.compile(source, target, compiler, flags), name)

@@ -18,8 +18,10 @@ from tilewright.codegen.c.packing import (
 POINTERS = "const float *restrict x = buf[0]; const float *restrict w = buf[1]; float *restrict y = buf[2];"
 SIZES = "const int64_t height = dim[0], width = dim[1], out_height = dim[2], out_width = dim[3], images = dim[4];"
 PRELUDES = {"f32": f"{POINTERS}\nconst float *restrict bias = buf[3];\n{SIZES}"}
-PRELUDES["bf16"] = PRELUDES["f32"].replace("const float *restrict x", "const uint16_t *restrict x").replace(
-    "const float *restrict w", "const uint16_t *restrict w"
+PRELUDES["bf16"] = (
+    PRELUDES["f32"]
+    .replace("const float *restrict x", "const uint16_t *restrict x")
+    .replace("const float *restrict w", "const uint16_t *restrict w")
 )
 BOTH = pytest.mark.parametrize("target", ["v3", "v4"])
 EVERY = pytest.mark.parametrize("target", ["v3", "v4base", "v4"])

@@ -14,6 +14,7 @@ from ..runtime.plan import Constant, Plan
 from .artifact import ConstantData, TargetBinaries, layout_constants, weights_id
 from .c.backend import Weights, build
 from .c.toolchain import Compiler
+from .c.winograd_selection import Decision, select_winograd
 from .cache import Cache
 from .lower import KernelSource, KernelTable, Lowered, lower
 from .regions import Family
@@ -32,10 +33,11 @@ class DeviceCode:
 
 @dataclass(frozen=True)
 class Generated:
-    """What lowering gives: the code per kind of device, and how to compute each constant."""
+    """What lowering gives: the code per kind of device, how to compute each constant, and how CPUs convolve."""
 
     devices: Mapping[str, DeviceCode]
     constants: tuple[ConstantData, ...]
+    convolutions: tuple[Decision, ...] = ()
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -47,13 +49,14 @@ def generate(programs: Mapping[str, Sequence[Program]], precision: str = "ieee")
     """Lower entry points that share weights and kernels.
 
     Args:
-        programs: after the passes, by kind of device (``"cpu"``, ``"cuda"``).
+        programs: after the passes, by kind of device (``"cpu"``, ``"cuda"``); regions of convolutions are annotated.
         precision: how GPU kernels multiply float32, ``"ieee"`` or ``"tf32"``.
 
     Raises:
         UnsupportedOperator: a node has no kernel.
         CompileError: a size or a value cannot be expressed.
     """
+    decisions = select_winograd(programs.get("cpu", ()))
     table = ConstantTable()
     lowered: dict[str, list[Lowered]] = {}
     kernels: dict[str, KernelTable] = {}
@@ -71,7 +74,7 @@ def generate(programs: Mapping[str, Sequence[Program]], precision: str = "ieee")
         device: DeviceCode(device, _plans(entries, constants), tuple(kernels[device].kernels))
         for device, entries in lowered.items()
     }
-    return Generated(devices, tuple(data))
+    return Generated(devices, tuple(data), tuple(decisions))
 
 
 def families_of(device: str) -> Mapping[str, Family]:

@@ -80,10 +80,18 @@ class Made:
 
 
 class Frame:
-    """The parameters of one kernel: operands that it reads, in first-use order, then results."""
+    """The parameters of one kernel: operands that it reads, in first-use order, then results, then scratch memory."""
 
-    def __init__(self, task: Task, *, skip: Sequence[fx.Node] = (), extra: Sequence[Storage] = ()) -> None:
+    def __init__(
+        self,
+        task: Task,
+        *,
+        skip: Sequence[fx.Node] = (),
+        extra: Sequence[Storage] = (),
+        scratch: Sequence[Storage] = (),
+    ) -> None:
         self.task = task
+        self.scratch = tuple(scratch)
         self._placeholders = [node for node in task.placeholders() if node not in skip]
         reads = [task.storage_of(node) for node in self._placeholders]
         inline = [storage for storage in reads if storage is not None and storage.value is not None]
@@ -92,9 +100,10 @@ class Frame:
             if storage.recipe is not None and storage.index < 0:
                 storage.index = task.constants.request(storage.recipe)
         self.reads = unique([*plain, *extra])
-        self.storages = (*self.reads, *task.results)
+        self.storages = (*self.reads, *task.results, *self.scratch)
         names = {id(storage): f"x{position}" for position, storage in enumerate(self.reads)}
         names |= {id(storage): f"y{position}" for position, storage in enumerate(task.results)}
+        names |= {id(storage): f"scratch{position}" for position, storage in enumerate(self.scratch)}
         self._names = names
         self.parameters = tuple(self.parameter(storage) for storage in self.storages)
 
@@ -104,7 +113,7 @@ class Frame:
 
     def parameter(self, storage: Storage) -> Parameter:
         """The parameter that stands for a storage."""
-        written = any(storage is result for result in self.task.results)
+        written = any(storage is result for result in (*self.task.results, *self.scratch))
         return Parameter(self.name(storage), storage.shape, storage.dtype, storage.layout, written)
 
     def results(self) -> list[Parameter]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .packing import PANEL, pack_matmul
+from .packing import pack_matmul
 
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 """Interpolation points by the size of a tile, without infinity, in the order of the transforms' vectors."""

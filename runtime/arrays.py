@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from . import dlpack, sizes
+from . import sizes
 from .dtypes import numpy_dtype
 from .errors import InputError, ShapeError, UsageError
 from .plan import Port
 
 _ALIGNMENT = 64
 _ALIGN_FROM = 4096  # bytes; below this a vector that straddles two cache lines costs less than aligning
+
+_HUGE_PAGE = 2 << 20
+_HUGE_FROM = 1 << 20  # bytes; scratch memory below this takes fewer page faults than a huge page is worth
 
 _address = ctypes.addressof
 _first_byte = ctypes.c_char.from_buffer
@@ -44,6 +49,18 @@ def aligned_bytes(count: int) -> np.ndarray:
     raw = np.empty(count + _ALIGNMENT, np.uint8)
     begin = -raw.ctypes.data % _ALIGNMENT
     return raw[begin : begin + count]
+
+
+def scratch_bytes(count: int) -> np.ndarray:
+    """Zeros that begin at a multiple of 64, in huge pages where there are many: few page faults when first written."""
+    if count < _HUGE_FROM:
+        return aligned_bytes(count)
+    memory = mmap.mmap(-1, count + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = np.frombuffer(memory, np.uint8)
+    begin = -whole.ctypes.data % _HUGE_PAGE  # what lies before and after is never touched
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return whole[begin : begin + count]
 
 
 def new_output(shape: tuple[int, ...], dtype: np.dtype[Any], count: int) -> np.ndarray:
@@ -78,6 +95,8 @@ def _as_array(value: Any, port: Port) -> np.ndarray:
     if isinstance(value, np.ndarray | np.generic):
         return np.asarray(value)
     if hasattr(value, "__dlpack__"):
+        from . import dlpack
+
         try:
             return dlpack.view(value)
         except ValueError as error:
@@ -172,6 +191,8 @@ def out_array(value: Any, port: Port, shape: tuple[int, ...]) -> np.ndarray:
     if isinstance(value, np.ndarray):
         array = value
     elif hasattr(value, "__dlpack__"):
+        from . import dlpack
+
         try:
             array = dlpack.view(value)
         except ValueError as error:

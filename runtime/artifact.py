@@ -7,28 +7,28 @@ of the weight file's header, and that plans, weights and entry points fit togeth
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from . import manifest as manifests
 from . import weights as weight_files
+from .digests import hexadecimal, sha256
 from .errors import ArtifactError
 from .manifest import EntryPoint, FileRecord, Manifest, Target
 from .plan import Plan, StateBuffer, from_json
+from .records import frozen
 
 _BLOCK = 1 << 20
 _MAX_MANIFEST = 1 << 28
 
 
-@dataclass(frozen=True)
+@frozen
 class Artifact:
     """A validated artifact: manifest, plans by kind of device and entry point, and the layout of the weight file."""
 
@@ -71,7 +71,7 @@ class Artifact:
             ArtifactError: it is not listed, or its content is not what was written.
         """
         content = _read(self.path / path)
-        if hashlib.sha256(content).hexdigest() != _record(self.manifest, path).sha256:
+        if hexadecimal(content) != _record(self.manifest, path).sha256:
             raise _damaged(self.path / path)
         return content
 
@@ -193,20 +193,20 @@ def _damaged(file: Path) -> ArtifactError:
 
 
 def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
     try:
         with open(file, "rb", buffering=0) as stream:
+            digest = sha256(os.fstat(stream.fileno()).st_size)
             while block := stream.read(_BLOCK):
                 digest.update(block)
     except OSError as error:
         raise ArtifactError(f"{file}: {error.strerror}") from None
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def _read_plan(folder: Path, manifest: Manifest, path: str) -> Plan:
     file = folder / path
     content = _read(file)
-    if hashlib.sha256(content).hexdigest() != _record(manifest, path).sha256:
+    if hexadecimal(content) != _record(manifest, path).sha256:
         raise _damaged(file)
     try:
         data = json.loads(content)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 
 from . import sizes
@@ -15,12 +14,13 @@ from .arrays import describe
 from .errors import ShapeError
 from .plan import Plan
 from .plan_check import nbytes
+from .records import frozen
 
 Shapes = tuple[tuple[int, ...], ...]
 CACHED_SHAPES = 256
 
 
-@dataclass(frozen=True)
+@frozen
 class Binding:
     """What one combination of input shapes means.
 

@@ -12,7 +12,7 @@ from .errors import ArtifactError, UsageError
 from .manifest import FILE_NAME
 from .threads import default_threads
 
-_CUDA = re.compile(r"cuda(?::(0|[1-9][0-9]{0,2}))?")
+_CUDA = r"cuda(?::(0|[1-9][0-9]{0,2}))?"  # compiled when it is first needed
 MAX_THREADS = 512
 
 
@@ -22,7 +22,7 @@ def check_request(device: str, threads: int | None, stream: Any) -> None:
     Raises:
         UsageError: an unknown device, an impossible number of threads, or an option that the device does not have.
     """
-    if not isinstance(device, str) or not (device in ("auto", "cpu", "interpreter") or _CUDA.fullmatch(device)):
+    if not isinstance(device, str) or not (device in ("auto", "cpu", "interpreter") or re.fullmatch(_CUDA, device)):
         raise UsageError(f"unknown device {device!r}; expected 'auto', 'cpu', 'cuda', 'cuda:<number>' or 'interpreter'")
     if threads is not None and not (type(threads) is int and 1 <= threads <= MAX_THREADS):
         raise UsageError(f"threads must be a number from 1 to {MAX_THREADS}, got {threads!r}")

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from . import sizes
 from .errors import InputError, UsageError
 from .inspection import Reader
 from .plan import Plan, Port
+from .records import frozen
 
 W = TypeVar("W")
 
 TraceCallback = Callable[[int, int, Reader], None]
 
 
-@dataclass(frozen=True)
+@frozen
 class TensorSpec:
     """A tensor at the border: a size is a number or an expression such as ``"batch"`` over symbols with ranges."""
 

@@ -7,15 +7,16 @@ JSON then serves binding (inputs, outputs, symbols, checks), inspection, profili
 Reading validates: every reference resolves, every size is a well-formed expression, every name is an identifier.
 """
 
-from __future__ import annotations
+# Annotations stay objects (no `annotations` from __future__): reading them costs a process no time then.
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from . import plan_check, sizes, typed_json
 from .errors import ArtifactError
+from .records import frozen
 from .sizes import Size
 
 FORMAT_VERSION = 2
@@ -23,7 +24,7 @@ FORMAT_VERSION = 2
 DTYPES = tuple(plan_check.ITEM_BYTES)
 
 
-@dataclass(frozen=True)
+@frozen
 class Symbol:
     """A size that varies between calls: inclusive bounds, and the value of the sample that was compiled with.
 
@@ -39,7 +40,7 @@ class Symbol:
     factor: int = 1
 
 
-@dataclass(frozen=True)
+@frozen
 class Port:
     """A named tensor at the border: logical shape, C-contiguous."""
 
@@ -48,7 +49,7 @@ class Port:
     shape: tuple[Size, ...]
 
 
-@dataclass(frozen=True)
+@frozen
 class Check:
     """A relation over symbols that must hold (non-zero), and what to say when it does not."""
 
@@ -56,7 +57,7 @@ class Check:
     message: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Constant:
     """A packed weight under ``key`` in ``weights.safetensors``; shape and layout are those of the packed form.
 
@@ -72,7 +73,7 @@ class Constant:
     sources: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@frozen
 class StateBuffer:
     """Memory a session keeps between calls; ``initial`` names the constant it starts as (empty: zeros)."""
 
@@ -83,7 +84,7 @@ class StateBuffer:
     initial: str = ""
 
 
-@dataclass(frozen=True)
+@frozen
 class Buffer:
     """Scratch memory in the arena: ``bytes`` may vary by call.
 
@@ -107,7 +108,7 @@ COUNTERS = 4096
 """Zeros (int32) that GPU kernels may count in while they run; each leaves them zero."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Ref:
     """Operand of a kernel: the ``index``-th input, output, state, constant or buffer.
 
@@ -119,7 +120,7 @@ class Ref:
     index: int
 
 
-@dataclass(frozen=True)
+@frozen
 class TileConstant:
     """A constant compiled into one binary of a GPU kernel, such as ``BLOCK_M = 128``."""
 
@@ -127,7 +128,7 @@ class TileConstant:
     value: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Tile:
     """One binary of a GPU kernel: how it cuts its work.
 
@@ -152,7 +153,7 @@ class Tile:
         return {constant.name: constant.value for constant in self.constants}
 
 
-@dataclass(frozen=True)
+@frozen
 class Variant:
     """One way to run a step: taken when ``guard`` is non-zero (the last variant's guard is 1).
 
@@ -171,7 +172,7 @@ class Variant:
     tiles: tuple[Tile, ...] = field(default=(), metadata={typed_json.ADDED_LATER: True})
 
 
-@dataclass(frozen=True)
+@frozen
 class Origin:
     """Where a kernel comes from: graph nodes, module path in the model, and ``file:line`` of the model's source."""
 
@@ -180,7 +181,7 @@ class Origin:
     source: str = ""
 
 
-@dataclass(frozen=True)
+@frozen
 class Step:
     """One kernel launch of the plan, with its variants, and which operands of it are written (by position)."""
 
@@ -191,7 +192,7 @@ class Step:
     origin: Origin = field(default_factory=Origin)
 
 
-@dataclass(frozen=True)
+@frozen
 class Plan:
     """One entry point.
 

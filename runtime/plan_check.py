@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,7 @@ ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
     "bool": 1,
 }  # fmt: skip
-_TILE_NAME = re.compile(r"[a-z0-9_]+", re.ASCII)
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+_TILE_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
 
 
 def check(plan: Plan) -> None:
@@ -73,7 +71,7 @@ def _fault(path: str, problem: str) -> FieldError:
 
 
 def _identifier(name: str, path: str) -> None:
-    if not _IDENTIFIER.fullmatch(name):
+    if not (name.isascii() and name.isidentifier()):
         raise _fault(path, f"{name!r} is not an identifier")
 
 
@@ -88,6 +86,8 @@ def _unique(names: list[str], group: str) -> None:
 
 
 def _check_size(size: sizes.Size, known: frozenset[str], path: str) -> None:
+    if type(size) is int:
+        return
     for name in sizes.symbols_of(size):
         if name not in known:
             raise _fault(path, f"unknown symbol {name!r}")
@@ -214,7 +214,7 @@ def _check_tiles(variant: Variant, known: frozenset[str], path: str) -> None:
     shared: frozenset[str] | None = None
     for number, tile in enumerate(variant.tiles):
         where = f"{path}.tiles[{number}]"
-        if not _TILE_NAME.fullmatch(tile.name) or tile.name in seen:
+        if not tile.name or not _TILE_LETTERS.issuperset(tile.name) or tile.name in seen:
             raise _fault(f"{where}.name", f"{tile.name!r} is not a usable name, or occurs twice")
         seen.add(tile.name)
         for constant in tile.constants:

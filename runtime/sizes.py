@@ -9,22 +9,41 @@ code generator meets; they are no general simplifier. The code generator also us
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, Union
 
 OpName = Literal["add", "mul", "floordiv", "mod", "max", "min", "eq", "ne", "le", "lt"]
 _OPS: tuple[OpName, ...] = ("add", "mul", "floordiv", "mod", "max", "min", "eq", "ne", "le", "lt")
 
 
-@dataclass(frozen=True, slots=True)
 class Op:
-    """One operation; ``add`` and ``mul`` take two or more operands, all others exactly two.
+    """One operation, immutable; ``add`` and ``mul`` take two or more operands, all others exactly two.
 
     Comparisons (``eq``, ``ne``, ``le``, ``lt``) give 1 or 0 and appear in guards only.
     """
 
+    __slots__ = ("args", "op")
+    __match_args__ = ("op", "args")
     op: OpName
     args: tuple[Size, ...]
+
+    def __init__(self, op: OpName, args: tuple[Size, ...]) -> None:
+        object.__setattr__(self, "op", op)
+        object.__setattr__(self, "args", args)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Op) and self.op == other.op and self.args == other.args)
+
+    def __hash__(self) -> int:
+        return hash((self.op, self.args))
+
+    def __repr__(self) -> str:
+        return f"Op(op={self.op!r}, args={self.args!r})"
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"cannot assign to {name!r} of a size expression")
+
+    def __reduce__(self) -> tuple[type[Op], tuple[OpName, tuple[Size, ...]]]:
+        return Op, (self.op, self.args)
 
 
 Size = Union[int, str, Op]  # noqa: UP007 - the alias is recursive, so it cannot be written with | at run time

@@ -16,6 +16,8 @@ from . import sizes
 
 Reader = Callable[[Any], Any]
 
+_EXACT = (int, str, bool)
+
 ADDED_LATER = "added later"
 """Metadata of a field that files of older format versions lack; it has its default then."""
 
@@ -51,7 +53,7 @@ def read(kind: Any, data: Any) -> Any:
 def _reader(kind: Any) -> Reader:
     if kind is Any:
         return lambda data: data
-    if kind in (int, str, bool):
+    if kind in _EXACT:
         return _exact(kind)
     if kind == sizes.Size:
         return _size
@@ -60,7 +62,7 @@ def _reader(kind: Any) -> Reader:
     if typing.get_origin(kind) is tuple:
         element, ellipsis = typing.get_args(kind)
         assert ellipsis is ..., kind
-        return _sequence(_reader(element))
+        return _sequence(_reader(element), element if element in _EXACT else None)
     if dataclasses.is_dataclass(kind):
         return _object(typing.cast(type, kind))
     raise TypeError(f"no reader for {kind!r}")
@@ -76,6 +78,8 @@ def _exact(kind: type) -> Reader:
 
 
 def _size(data: Any) -> sizes.Size:
+    if type(data) is int:
+        return data
     try:
         return sizes.from_json(data)
     except ValueError as error:
@@ -91,42 +95,50 @@ def _choice(options: tuple[Any, ...]) -> Reader:
     return read_choice
 
 
-def _sequence(element: Reader) -> Reader:
+def _sequence(element: Reader, exact: type | None = None) -> Reader:
     def read_sequence(data: Any) -> tuple[Any, ...]:
         if not isinstance(data, list):
             raise FieldError(f"expected a list, got {_brief(data)}")
-        parts = []
-        for index, part in enumerate(data):
-            try:
+        if exact is not None and all([type(part) is exact for part in data]):
+            return tuple(data)
+        parts: list[Any] = []
+        try:
+            for part in data:
                 parts.append(element(part))
-            except FieldError as error:
-                raise error.within(f"[{index}]") from None
+        except FieldError as error:
+            raise error.within(f"[{len(parts)}]") from None
         return tuple(parts)
 
     return read_sequence
 
 
 def _object(kind: type) -> Reader:
-    hints = typing.get_type_hints(kind)
-    readers = {field.name: _reader(hints[field.name]) for field in dataclasses.fields(kind)}
-    later = {field.name for field in dataclasses.fields(kind) if field.metadata.get(ADDED_LATER)}
+    hints: dict[str, Any] = kind.__annotations__
+    if any(isinstance(hint, str) for hint in hints.values()):  # each is compiled, which takes a while
+        hints = typing.get_type_hints(kind)
+    fields = dataclasses.fields(kind)
+    names = {field.name for field in fields}
+    later = {field.name for field in fields if field.metadata.get(ADDED_LATER)}
+    kinds = [(field.name, hints[field.name]) for field in fields]
+    readers = [(name, hint in _EXACT, hint, _reader(hint)) for name, hint in kinds]
 
     def read_object(data: Any) -> Any:
         if not isinstance(data, dict):
             raise FieldError(f"expected an object, got {_brief(data)}")
-        if data.keys() != readers.keys():
-            missing = [name for name in readers if name not in data and name not in later]
-            unknown = [name for name in data if name not in readers]
+        if data.keys() != names:
+            missing = [field.name for field in fields if field.name not in data and field.name not in later]
+            unknown = [name for name in data if name not in names]
             if missing or unknown:
                 raise FieldError(f"missing field {missing[0]!r}" if missing else f"unknown field {_brief(unknown[0])}")
         values = {}
-        for name, reader in readers.items():
-            if name not in data:
-                continue
-            try:
-                values[name] = reader(data[name])
-            except FieldError as error:
-                raise error.within(name) from None
+        name = ""
+        try:
+            for name, plain, hint, reader in readers:
+                if name in data:
+                    value = data[name]
+                    values[name] = value if plain and type(value) is hint else reader(value)
+        except FieldError as error:
+            raise error.within(name) from None
         return kind(**values)
 
     return read_object

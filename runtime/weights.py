@@ -7,14 +7,14 @@ explicit entries: ``__pad_<n>`` holds the zeros between two tensors.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TypeGuard
 
+from .digests import hexadecimal
 from .errors import ArtifactError
 from .plan_check import nbytes
+from .records import frozen
 
 FILE_NAME = "weights.safetensors"
 ALIGNMENT = 64
@@ -27,7 +27,7 @@ _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 _MAX_HEADER = 100_000_000
 
 
-@dataclass(frozen=True)
+@frozen
 class Tensor:
     """A tensor of the file: begin and end count bytes from the start of the data section."""
 
@@ -37,7 +37,7 @@ class Tensor:
     end: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Layout:
     """A file that is still to be written, or the header of one: everything but the data.
 
@@ -54,7 +54,7 @@ class Layout:
     @property
     def id(self) -> str:
         """The identity that is compiled into kernels: SHA-256 of the header, in hexadecimal."""
-        return hashlib.sha256(self.header).hexdigest()
+        return hexadecimal(self.header)
 
 
 def layout(specs: Iterable[tuple[str, str, tuple[int, ...]]]) -> Layout:

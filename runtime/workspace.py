@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import address, aligned_bytes
+from .arrays import address, aligned_bytes, scratch_bytes
 from .binding import Binding
 from .library import Call, ThreadPool
 from .plan import Plan
@@ -66,7 +66,7 @@ class Workspace:
             )
         if frame.binding is not binding:
             if binding.arena_bytes > self._arena.nbytes:
-                self._arena = aligned_bytes(binding.arena_bytes)
+                self._arena = scratch_bytes(binding.arena_bytes)
                 for other in self._frames.values():
                     other.call.arena = self._arena.ctypes.data
             frame.call.arena = self._arena.ctypes.data

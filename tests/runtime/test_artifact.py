@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -40,7 +41,7 @@ def relist(folder: Path, file: str, content: bytes) -> None:
     """Replace a file and its record in the manifest, as somebody with bad intentions would."""
     (folder / file).write_bytes(content)
     manifest = manifests.parse((folder / "manifest.json").read_bytes(), "manifest")
-    digest = manifests.hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256(content).hexdigest()
     records = [
         dataclasses.replace(record, size=len(content), sha256=digest) if record.path == file else record
         for record in manifest.files

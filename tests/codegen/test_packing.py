@@ -29,6 +29,27 @@ def test_panels_of_a_batch():
     np.testing.assert_array_equal(packed[1, 2], packing.pack_matmul(weight[1, 2]))
 
 
+@pytest.mark.parametrize(("dtype", "per"), [(np.uint16, 2), (np.int8, 4)])
+def test_panels_of_words(dtype, per):
+    weight = np.arange(1, 1 + 7 * 40).reshape(7, 40).astype(dtype)
+    packed = packing.pack_words(weight)
+    assert packed.shape == (2, -(-7 // per), 32, per) and packed.flags.c_contiguous and packed.dtype == dtype
+    for k in range(packed.shape[1] * per):
+        for column in range(64):
+            expected = weight[k, column] if k < 7 and column < 40 else 0
+            assert packed[column // 32, k // per, column % 32, k % per] == expected
+
+
+def test_panels_of_bytes_end_with_the_offsets_of_their_columns():
+    weight = np.random.default_rng(0).integers(-128, 128, (2, 9, 33), np.int8)
+    packed = packing.pack_bytes(weight)
+    assert packed.shape == (2, 2, 4, 32, 4)
+    np.testing.assert_array_equal(packed[..., :-1, :, :], packing.pack_words(weight))
+    offsets = packed[..., -1, :, :].copy().view("<i4").reshape(2, 64)
+    np.testing.assert_array_equal(offsets[:, :33], 128 * weight.astype(np.int32).sum(1))
+    assert not offsets[:, 33:].any()
+
+
 def test_convolution_weights_run_over_blocks_then_taps_then_channels():
     weight = numbers(34, 20, 2, 3)
     packed = packing.pack_convolution(weight)

@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = ("test_matmul_template.py", "test_convolution_template.py", "test_depthwise_template.py")
+FILES = (
+    "test_matmul_template.py",
+    "test_matmul_words.py",
+    "test_convolution_template.py",
+    "test_depthwise_template.py",
+)
 SUBSET = (
-    "v3 and ((packs_both and (sizes1 or sizes4)) or columns or (deep and 1024-v3) or (test_blocked and (5x2 or groups))"
-    " or (test_gathered and dilation) or (test_depthwise and 5x5))"
+    "v3 and ((packs_both and (sizes1 or sizes4 or bfloat16 or int8)) or 33-170 or columns or (deep and 1024-v3)"
+    " or (test_blocked and (5x2 or groups)) or (test_gathered and dilation) or (test_depthwise and 5x5))"
 )  # v3 for the most part: twice as many rows take four times as long to compile with checks
 
 

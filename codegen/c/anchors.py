@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from ...runtime import sizes
 from ...runtime.sizes import Size
 from .. import anchors
-from ..expr import Expr, Load, walk
+from ..expr import Expr
 from ..kernel import NAME, KernelCode
 from ..templating import Hole, render
 from ..values import Value
@@ -40,24 +40,6 @@ class Anchored(anchors.Anchored):
         for parameter, offset, root in self.stores(index, acc, dtype):
             inside.store(parameter.name, offset, root)
         return Hole("\n".join(outside.lines), "\n".join(inside.lines))
-
-    def touch(self, index: tuple[Size, ...], row: str, inner: str, acc: Callable[[Expr], Expr]) -> str:
-        """Statements that prefetch what the epilogue at an index writes, and what it reads that varies with ``row``.
-
-        Args:
-            index: as for :meth:`epilogue`.
-            row: the template's variable of a row of the result.
-            inner: the vector loop's variable; the line of its first element is fetched.
-            acc: as for :meth:`epilogue`.
-        """
-        builder, stores = self.kernel.builder, self.stores(index, acc)
-        places = {f"{parameter.name}[{_first(offset, inner)}], 1": None for parameter, offset, _ in stores}
-        for node in walk(builder, [root for _, _, root in stores]):
-            if isinstance(node, Load) and node.mask is None:
-                symbols = sizes.symbols_of(node.offset)
-                if {row, inner} <= symbols and not symbols & builder.dynamics.keys():
-                    places[f"{node.buffer}[{_first(node.offset, inner)}], 0"] = None
-        return "\n".join(f"__builtin_prefetch(&{place});" for place in places)
 
     def read(
         self,
@@ -99,8 +81,3 @@ class Anchored(anchors.Anchored):
 def c_size(size: Size) -> int | str:
     """A size for a template: an int, or C text in parentheses."""
     return size if isinstance(size, int) else f"({dialect.size(size)})"
-
-
-def _first(offset: Size, inner: str) -> str:
-    """C text of an offset where the vector loop starts."""
-    return dialect.size(sizes.substitute(offset, {inner: 0}))

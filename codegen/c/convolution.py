@@ -115,9 +115,7 @@ def _build(
         context["C"] = g.channels
     else:
         context |= {"IC": g.channels, "OC": g.outputs, "groups": g.groups}
-    acc = with_bias(work, found.bias, channel)
-    context["epilogue"] = work.epilogue(index, ("n", "cb", "p"), "lane", acc)
-    context["touch"] = work.touch(index, "p", "lane", acc)
+    context["epilogue"] = work.epilogue(index, ("n", "cb", "p"), "lane", with_bias(work, found.bias, channel))
     return work.code(
         template,
         family="convolution",

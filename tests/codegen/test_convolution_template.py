@@ -107,8 +107,7 @@ def blocked_kernel(native, case, target, compiler="gcc", kind="f32"):
     row = context.pop("row")
     hole = native.Hole(row, "to[lane] = acc + bias[cb * 16 + lane];")
     source = native.render(
-        "convolution.c.jinja", prelude=PRELUDES[kind], kind=kind, x_base="x", epilogue=hole,
-        touch=f"{{{row} __builtin_prefetch(to, 1);}}", **context,
+        "convolution.c.jinja", prelude=PRELUDES[kind], kind=kind, x_base="x", epilogue=hole, **context,
     )  # fmt: skip
     return native.build(source, "convolve", target, compiler)
 
@@ -124,7 +123,7 @@ def gathered_kernel(native, case, target, compiler="gcc", kind="f32"):
     )
     prelude = PRELUDES[kind].replace("const uint16_t *restrict x", "const float *restrict x") + " (void)images;"
     source = native.render(
-        "convolution_gathered.c.jinja", prelude=prelude, kind=kind, load_x=load, epilogue=hole, touch="", **context
+        "convolution_gathered.c.jinja", prelude=prelude, kind=kind, load_x=load, epilogue=hole, **context
     )
     return native.build(source, "convolve", target, compiler)
 

@@ -36,7 +36,7 @@ def kernel_of(native, case, target, compiler, kind):
         prelude=f"{pointers}\nconst float *restrict bias = buf[3];\n{SIZES}",
         C=channels, H="height", W="width", OH="out_height", OW="out_width",
         KH=kernel[0], KW=kernel[1], stride=stride, padding=padding, dilation=dilation,
-        kind=kind, x_base="x", w_base="w", epilogue=hole, touch="__builtin_prefetch(y + p * 16, 1);",
+        kind=kind, x_base="x", w_base="w", epilogue=hole,
     )  # fmt: skip
     return native.build(source, "depthwise", target, compiler)
 

@@ -47,8 +47,6 @@ typedef struct {
     int64_t blocks, last;   /* channel blocks, and words of each pixel in the last one */
     int64_t kh, kw;         /* taps, at most 64 each way */
     int64_t step_h, step_w; /* between taps */
-    const char *ahead;      /* what the next panels need of memory is fetched meanwhile: for each block and tap, ... */
-    int64_t ahead_lines;    /* ... so many lines of 64 bytes */
 } tw_kernel_window;
 
 /* Where the taps of each pixel start, and which rows and columns of taps lie inside the image. */
@@ -66,13 +64,6 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
         mask |= (uint64_t)(position >= 0 && position < size) << i;
     }
     return mask;
-}
-
-/* Prefetch into the second-level cache. */
-static inline void tw_fetch_ahead(const char *from, int64_t lines) {
-    for (int64_t line = 0; line < lines; line++) {
-        __builtin_prefetch(from + line * 64, 0, 2);
-    }
 }
 
 /* Call the function of a panel (NAME_<rows>) or of its first 16 columns (NAME_narrow_<rows>), by the number of rows. */
@@ -108,7 +99,6 @@ static inline void tw_fetch_ahead(const char *from, int64_t lines) {
     static __attribute__((unused, noinline)) void tw_convolve_##KIND##WIDTH##_##ROWS( \
         const TW_WORD_##KIND *b, float *sums, const tw_kernel_window *w, const tw_pixel_tile *tile) { \
         typedef TW_WORD_##KIND word; \
-        const char *ahead = w->ahead; \
         TW_REPEAT_##ROWS(TW_ZERO_##KIND##WIDTH) \
         for (int64_t block = 0; block < w->blocks; block++) { \
             const int64_t depth = block + 1 < w->blocks ? TW_BLOCK_##KIND : w->last; \
@@ -121,7 +111,6 @@ static inline void tw_fetch_ahead(const char *from, int64_t lines) {
                     } else { \
                         TW_REPEAT_##ROWS(TW_TAP_BORDER) \
                     } \
-                    tw_fetch_ahead(ahead, w->ahead_lines), ahead += w->ahead_lines * 64; \
                     TW_STEPS_OF_BLOCK(KIND, WIDTH, ROWS) \
                 } \
             } \
@@ -137,12 +126,10 @@ static inline void tw_fetch_ahead(const char *from, int64_t lines) {
         typedef TW_WORD_##KIND word; \
         enum { apart = TW_BLOCK_##KIND }; \
         const word *a = (const word *)w->image + first * apart; \
-        const char *ahead = w->ahead; \
         TW_REPEAT_##ROWS(TW_ZERO_##KIND##WIDTH) \
         for (int64_t block = 0; block < w->blocks; block++, a += w->plane) { \
             const int64_t depth = block + 1 < w->blocks ? apart : w->last; \
             TW_REPEAT_##ROWS(TW_POINTWISE_POINTER) \
-            tw_fetch_ahead(ahead, w->ahead_lines), ahead += w->ahead_lines * 64; \
             TW_STEPS_OF_BLOCK(KIND, WIDTH, ROWS) \
         } \
         TW_REPEAT_##ROWS(TW_FINISH_##KIND##WIDTH) \

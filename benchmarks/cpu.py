@@ -2,7 +2,9 @@
 
     python -m benchmarks.cpu                                     # all models; run again to go on where it ended
     python -m benchmarks.cpu --models resnet50,unet --systems tilewright,onnxruntime
-    python -m benchmarks.cpu --precisions fp32,bf16 --seconds 3000
+    python -m benchmarks.cpu --precisions fp32,bf16 --seconds 3600   # everything: about 40 minutes
+    python -m benchmarks.cpu --models unet --systems tilewright,openvino --rounds 4 --turn 0.2 --starts 2   # quick
+    python -m benchmarks.cpu --target cpu:x86-64-v3              # Tilewright alone, beside the limits of that target
     python -m benchmarks.cpu --report                            # tables and plot of what was measured so far
 
 Run it from the repository's folder, with the package and its extra ``bench`` installed. A system is a process of its
@@ -10,6 +12,9 @@ own on the same processors with the same threads, and all take turns; those that
 outputs are compared with eager float32 PyTorch's before it is timed. Results are kept in a state file after every
 stage; tables, JSON and plot go to benchmarks/results. Ratios compare numbers of one run only: machines drift.
 Exit codes: 0, 1 where something failed or was cut off by ``--seconds``, 2 wrong usage.
+
+Where the time goes: every case is built (10 to 20 s for most systems), loaded, timed for 45 s at most, and the cases of
+batch 1 are started anew, 10 to 40 s. Fewer ``--rounds`` and shorter ``--turn`` make ratios noisier, not wrong.
 """
 
 from __future__ import annotations
@@ -23,16 +28,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tilewright.models import names
 
+from .cpu_goals import goals
 from .cpu_measure import Bench, Failed, OutOfTime, say
 from .cpu_plot import plot
-from .cpu_report import report, summary
-from .cpu_units import MODELS, PRECISIONS, SYSTEMS, Case, cases, missing
+from .cpu_report import report
+from .cpu_units import BATCHED, MODELS, PRECISIONS, SYSTEMS, Case, cases, missing
 from .state import OtherMachine, State
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -40,9 +47,11 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "onnxruntime", "openvino", "numpy")
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """The processor and the versions."""
+def machine(threads: int, target: str = "") -> dict[str, Any]:
+    """The processor, the versions, and the target where it is not this machine's: what makes numbers comparable."""
     found: dict[str, Any] = {"cpu": processor(), "threads": threads, "python": platform.python_version()}
+    if target:
+        found["target"] = target
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -82,6 +91,12 @@ def skips(systems: Sequence[str], precisions: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def taking_part(case: Case, systems: Sequence[str], batched: Sequence[str]) -> list[str]:
+    """The systems that a case is measured with."""
+    chosen = systems if case.latency else [system for system in systems if system in batched]
+    return [system for system in chosen if missing(system, case.precision) is None]
+
+
 def forget(state: State, planned: Sequence[Case], work: Path) -> None:
     """Drop what was measured of these cases, and their artifacts."""
     for case in planned:
@@ -90,12 +105,12 @@ def forget(state: State, planned: Sequence[Case], work: Path) -> None:
             del state.results[name]
 
 
-def measure(bench: Bench, planned: Sequence[Case], systems: Sequence[str]) -> bool:
+def measure(bench: Bench, planned: Sequence[Case], systems: Sequence[str], batched: Sequence[str]) -> bool:
     """All cases while there is time; whether none failed and none is left."""
     good = True
     for case in planned:
         try:
-            bench.run(case, [system for system in systems if missing(system, case.precision) is None])
+            bench.run(case, taking_part(case, systems, batched))
         except Failed as error:
             say(str(error))
             good = False
@@ -113,11 +128,15 @@ def has_errors(state: State, planned: Sequence[Case]) -> bool:
     return any("error" in system for item in items for system in item["systems"].values())
 
 
-def write(state: State, planned: Sequence[Case], skipped: dict[str, str], folder: Path) -> dict[str, Any]:
+def write(
+    state: State, planned: Sequence[Case], skipped: dict[str, str], matmuls: Sequence[Any], folder: Path
+) -> dict[str, Any]:
     """JSON and plot in the folder, and what the JSON holds."""
     today = datetime.date.today().isoformat()
-    path = folder / f"{today}-cpu-systems.json"
-    record = {"date": today, "machine": state.machine, "summary": summary(state.results, planned)}
+    target = state.machine.get("target", "").partition(":")[2]
+    path = folder / f"{today}-cpu-systems{f'-{target}' if target else ''}.json"
+    record = {"date": today, "machine": state.machine}
+    record["goals"] = [asdict(goal) | {"reached": goal.reached} for goal in goals(state.results, planned, matmuls)]
     record |= {"skipped": skipped, "results": state.results}
     folder.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
@@ -134,15 +153,18 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="of the model registry, separated by commas")
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="separated by commas")
+    parser.add_argument("--throughput-systems", default=",".join(BATCHED), help="those measured at larger batches, too")
     parser.add_argument("--precisions", default="fp32", help=f"of {', '.join(PRECISIONS)}")
+    parser.add_argument("--target", default="", help="for Tilewright, such as cpu:x86-64-v3; measures no other system")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=570.0, help="time for this run; stages that do not fit wait")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of every system")
-    parser.add_argument("--turn", type=float, default=0.4, help="seconds of a turn; one call at least")
-    parser.add_argument("--starts", type=int, default=7, help="new processes per system for start-up and memory")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of every system; fewer where calls are long")
+    parser.add_argument("--turn", type=float, default=0.3, help="seconds of a turn; one call at least")
+    parser.add_argument("--starts", type=int, default=7, help="new processes per system; fewer where they are slow")
     parser.add_argument("--state", type=Path, default=Path("build/cpu-benchmark.json"), help="what was measured so far")
     parser.add_argument("--work", type=Path, help="folder for artifacts (default: temporary, by the state's name)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and plot")
+    parser.add_argument("--kernels", type=Path, help="JSON of benchmarks.kernels, for the share of large products")
     parser.add_argument("--keep", action="store_true", help="leave artifacts in the work folder")
     parser.add_argument("--again", action="store_true", help="measure these models again")
     parser.add_argument("--report", action="store_true", help="tables, JSON and plot of the state file, and end")
@@ -153,6 +175,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     options = parse_arguments()
     systems = chosen(options.systems, list(SYSTEMS), "system")
+    batched = chosen(options.throughput_systems, list(SYSTEMS), "system")
+    if options.target and systems == list(SYSTEMS):
+        systems = ["tilewright"]
+    if options.target and systems != ["tilewright"]:
+        say("--target restricts Tilewright only: no other system can be compared with it")
+        return USAGE
+    matmuls = json.loads(options.kernels.read_text())["rows"] if options.kernels else []
     precisions = chosen(options.precisions, list(PRECISIONS), "precision")
     planned = cases(chosen(options.models, [*MODELS, *names()], "model"), precisions)
     skipped = skips(systems, precisions)
@@ -165,7 +194,7 @@ def main() -> int:
         state = State(options.state, data["machine"], data["results"])
     else:
         try:
-            state = State.open(options.state, machine(options.threads))
+            state = State.open(options.state, machine(options.threads, options.target))
         except OtherMachine as error:
             say(str(error))
             return USAGE
@@ -176,11 +205,13 @@ def main() -> int:
             forget(state, planned, work)
         deadline = time.monotonic() + options.seconds
         bench = Bench(
-            state, work, options.threads, options.turn, options.rounds, options.starts, deadline, options.keep
-        )
-        good = measure(bench, planned, systems) and not has_errors(state, planned)
-    record = write(state, planned, skipped, options.output)
-    print(json.dumps(record, indent=1) if options.json else report(state.machine, state.results, planned, skipped))
+            state, work, options.threads, options.turn, options.rounds, options.starts, deadline, options.keep,
+            options.target,
+        )  # fmt: skip
+        good = measure(bench, planned, systems, batched) and not has_errors(state, planned)
+    record = write(state, planned, skipped, matmuls, options.output)
+    text = report(state.machine, state.results, planned, skipped, matmuls)
+    print(json.dumps(record, indent=1) if options.json else text)
     return OK if good else FAILED
 
 

@@ -1,28 +1,29 @@
 """The process of the CPU benchmark that builds: the reference of a case, or one system's artifact and its seconds.
 
-A request is ``{"what": "reference" or a system, "model", "batch", "precision", "threads", "folder"}``. Every system
-starts from the same saved module with the same fixed shapes. Seconds count from the module in memory to what can be
-called, with empty caches; imports do not count.
+A request is ``{"what": "reference" or a system, "model", "batch", "precision", "threads", "folder", "target"}``. Every
+system starts from the same saved module with the same fixed shapes. Seconds count from the module in memory to what can
+be called, with empty caches; imports do not count.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from tilewright import models
 
-from .cpu_systems import call_of, inductor, module_of, onnxruntime, openvino_options
+from .cpu_systems import INPUTS, OUTPUTS, call_of, inductor, module_of, onnxruntime, openvino_options
 from .models import CASES, image, minilm, tokens
 from .process import serve
 from .torch_module import Flat
+from .values import load_arrays, save_arrays
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -59,8 +60,8 @@ def reference(folder: Path, model: str, batch: int) -> dict[str, Any]:
     module.eval().requires_grad_(False)
     outputs = call_of(module)([tensor.numpy() for tensor in inputs])
     torch.save(module, folder / "module.pt")
-    np.savez(folder / "inputs.npz", *(tensor.numpy() for tensor in inputs))
-    np.savez(folder / "outputs.npz", *outputs)
+    save_arrays(folder / INPUTS, [tensor.numpy() for tensor in inputs])
+    save_arrays(folder / OUTPUTS, outputs)
     return {"flops": operations(module, inputs), "weight_bytes": weight_bytes(module)}
 
 
@@ -86,12 +87,23 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(found.values())
 
 
-def build(what: str, folder: Path, threads: int, precision: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Task:
+    """What a system builds from, all of it in memory; ``target`` is Tilewright's, empty for this machine's."""
+
+    module: nn.Module
+    inputs: Tensors
+    folder: Path
+    threads: int
+    precision: str
+    target: str
+
+
+def build(what: str, folder: Path, threads: int, precision: str, target: str) -> dict[str, Any]:
     """One system's artifact: seconds, and bytes where there is one."""
     module = module_of(folder, threads, "fp32" if what in ("tilewright", "openvino") else precision)
-    with np.load(folder / "inputs.npz") as stored:
-        inputs = tuple(torch.from_numpy(stored[name]) for name in stored.files)
-    return BUILDERS[what](module, inputs, folder, threads, precision)
+    inputs = tuple(map(torch.from_numpy, load_arrays(folder / INPUTS)))
+    return BUILDERS[what](Task(module, inputs, folder, threads, precision, target))
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -102,64 +114,61 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def build_tilewright(module: nn.Module, inputs: Tensors, folder: Path, threads: int, precision: str) -> dict[str, Any]:
+def build_tilewright(task: Task) -> dict[str, Any]:
     from tilewright.compiler import driver
 
     def work() -> None:
         # On CPUs float32 is what "auto" means for a float32 module; other precisions are asked for by name.
-        chosen = "auto" if precision == "fp32" else precision
-        driver.compile(module, inputs, output=output, precision=chosen, verify="off")
+        precision = "auto" if task.precision == "fp32" else task.precision
+        target = task.target or "cpu"
+        driver.compile(task.module, task.inputs, output=output, target=target, precision=precision, verify="off")
 
-    output = folder / "model.tw"
+    output = task.folder / "model.tw"
     return {"seconds": timed(work), "bytes": size_of(output)}
 
 
-def build_eager(module: nn.Module, inputs: Tensors, folder: Path, threads: int, precision: str) -> dict[str, Any]:
-    return {}
+def build_inductor(task: Task) -> dict[str, Any]:
+    call = inductor(task.folder, task.threads, task.precision)
+    return {"seconds": timed(lambda: call([tensor.numpy() for tensor in task.inputs]))}
 
 
-def build_inductor(module: nn.Module, inputs: Tensors, folder: Path, threads: int, precision: str) -> dict[str, Any]:
-    call = inductor(folder, threads, precision)
-    return {"seconds": timed(lambda: call([tensor.numpy() for tensor in inputs]))}
-
-
-def build_aotinductor(module: nn.Module, inputs: Tensors, folder: Path, threads: int, precision: str) -> dict[str, Any]:
+def build_aotinductor(task: Task) -> dict[str, Any]:
     import torch._inductor
 
-    output = folder / "model.pt2"
+    output = task.folder / "model.pt2"
 
     def work() -> None:
-        exported = torch.export.export(module, inputs)
+        exported = torch.export.export(task.module, task.inputs)
         options = {"freezing": True}
         torch._inductor.aoti_compile_and_package(exported, package_path=str(output), inductor_configs=options)
 
     return {"seconds": timed(work), "bytes": size_of(output)}
 
 
-def build_onnxruntime(module: nn.Module, inputs: Tensors, folder: Path, threads: int, precision: str) -> dict[str, Any]:
+def build_onnxruntime(task: Task) -> dict[str, Any]:
     for package in ("onnxruntime", "onnxscript"):
         import_module(package)  # not counted
 
     def work() -> None:
-        torch.onnx.export(module, inputs, str(folder / "model.onnx"), dynamo=True, verbose=False)
-        onnxruntime(folder, threads, precision)
+        torch.onnx.export(task.module, task.inputs, str(task.folder / "model.onnx"), dynamo=True, verbose=False)
+        onnxruntime(task.folder, task.threads, task.precision)
 
     seconds = timed(work)
-    return {"seconds": seconds, "bytes": size_of(folder / "model.onnx") + size_of(folder / "model.onnx.data")}
+    return {"seconds": seconds, "bytes": size_of(task.folder / "model.onnx") + size_of(task.folder / "model.onnx.data")}
 
 
-def build_openvino(module: nn.Module, inputs: Tensors, folder: Path, threads: int, precision: str) -> dict[str, Any]:
+def build_openvino(task: Task) -> dict[str, Any]:
     import openvino as ov
 
     def work() -> None:
-        converted = ov.convert_model(module, example_input=inputs)
-        for port, tensor in zip(converted.inputs, inputs, strict=True):
+        converted = ov.convert_model(task.module, example_input=task.inputs)
+        for port, tensor in zip(converted.inputs, task.inputs, strict=True):
             port.get_node().set_partial_shape(ov.PartialShape(list(tensor.shape)))
         converted.validate_nodes_and_infer_types()
-        ov.save_model(converted, folder / "model.xml", compress_to_fp16=False)
-        ov.Core().compile_model(converted, "CPU", openvino_options(threads, precision))
+        ov.save_model(converted, task.folder / "model.xml", compress_to_fp16=False)
+        ov.Core().compile_model(converted, "CPU", openvino_options(task.threads, task.precision))
 
-    return {"seconds": timed(work), "bytes": size_of(folder / "model.xml") + size_of(folder / "model.bin")}
+    return {"seconds": timed(work), "bytes": size_of(task.folder / "model.xml") + size_of(task.folder / "model.bin")}
 
 
 def size_of(path: Path) -> int:
@@ -169,9 +178,8 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-BUILDERS: dict[str, Callable[[nn.Module, Tensors, Path, int, str], dict[str, Any]]] = {
+BUILDERS: dict[str, Callable[[Task], dict[str, Any]]] = {
     "tilewright": build_tilewright,
-    "eager": build_eager,
     "inductor": build_inductor,
     "aotinductor": build_aotinductor,
     "onnxruntime": build_onnxruntime,
@@ -185,7 +193,7 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(request["threads"])
     if request["what"] == "reference":
         return reference(folder, request["model"], request["batch"])
-    return build(request["what"], folder, request["threads"], request["precision"])
+    return build(request["what"], folder, request["threads"], request["precision"], request["target"])
 
 
 if __name__ == "__main__":

@@ -14,18 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cpu_units import TOLERANCES, Case
+from .cpu_units import SYSTEMS, TOLERANCES, Case
 from .cpu_worker import LIMITS
 from .process import Process
 from .state import State
 
 BUILD_LIMIT, LOAD_LIMIT, TURN_LIMIT, START_LIMIT = 900.0, 600.0, 120.0, 300.0
-BUILD_SECONDS, LOAD_SECONDS, START_SECONDS = 30.0, 10.0, 60.0
+BUILD_SECONDS, LOAD_SECONDS, START_SECONDS = 30.0, 6.0, 40.0
 """About what a build, loading a system and the starts of a case take, for keeping to a budget."""
-USUAL_RATE = 150e9
+USUAL_RATES = {"fp32": 150e9, "bf16": 220e9}
 """Operations per second of a system, for the same."""
 
-FEWEST_STARTS, STARTS_SECONDS = 3, 20.0
+CASE_SECONDS, FEWEST_ROUNDS = 45.0, 4
+"""All turns of a case take about so long at most: where calls are long there are fewer rounds, but at least so many."""
+
+FEWEST_STARTS, STARTS_SECONDS = 2, 6.0
 """A system is started at least so often, and no more once its starts took so long."""
 
 
@@ -46,10 +49,11 @@ class Bench:
         work: the folder for artifacts.
         threads: of every system.
         turn: seconds of a system's turn.
-        rounds: turns of every system.
+        rounds: turns of every system, at most.
         starts: new processes per system.
         deadline: when to stop, by the monotonic clock.
         keep: whether artifacts stay after their case.
+        target: that Tilewright compiles for and the limits are measured with; empty for this machine's.
     """
 
     state: State
@@ -60,6 +64,7 @@ class Bench:
     starts: int
     deadline: float
     keep: bool = False
+    target: str = ""
 
     def run(self, case: Case, systems: Sequence[str]) -> None:
         """All stages of a case that are not in the state yet, with those of these systems that could be built.
@@ -86,9 +91,18 @@ class Bench:
         return all(covers(self.state.results.get(f"{stage}/{case.name}"), systems) for stage in stages)
 
     def about(self, case: Case, systems: int) -> float:
-        """Roughly the seconds of timing a case: two calls of each system fit into every turn at least."""
+        """Roughly the seconds of timing a case."""
+        return systems * LOAD_SECONDS + self.rounds_of(case, systems) * systems * self.turn_of(case)
+
+    def turn_of(self, case: Case) -> float:
+        """Roughly the seconds of a turn, which holds one call at least."""
         flops = self.state.results[f"build/{case.name}/reference"]["flops"]
-        return systems * (LOAD_SECONDS + self.rounds * (self.turn + 2 * flops / USUAL_RATE))
+        return self.turn + 1.5 * float(flops) / USUAL_RATES[case.precision]
+
+    def rounds_of(self, case: Case, systems: int) -> int:
+        """Turns of every system in a case."""
+        fitting = int(CASE_SECONDS / (systems * self.turn_of(case)))
+        return min(self.rounds, max(FEWEST_ROUNDS, fitting))
 
     def require_time(self, seconds: float) -> None:
         """Raise :class:`OutOfTime` unless so much is left."""
@@ -117,11 +131,14 @@ class Bench:
         return built[1:]
 
     def _build(self, case: Case, what: str, folder: Path) -> dict[str, Any]:
+        if what in SYSTEMS and not SYSTEMS[what].builds:
+            return {}
         shutil.rmtree(folder / f"cache.{what}", ignore_errors=True)  # compile times are those of empty caches
         process = Process("benchmarks.cpu_build", self.environment(folder, what))
         request = {"what": what, "model": case.model, "batch": case.batch, "precision": case.precision}
+        request |= {"threads": self.threads, "folder": str(folder), "target": self.target}
         try:
-            return process.ask({**request, "threads": self.threads, "folder": str(folder)}, BUILD_LIMIT)
+            return process.ask(request, BUILD_LIMIT)
         finally:
             process.close()
 
@@ -130,14 +147,18 @@ class Bench:
         return {"error": f"not built: {self.state.results[f'build/{case.name}/{system}']['error']}"}
 
     def environment(self, folder: Path, system: str) -> dict[str, str]:
-        """Variables of a system's processes: threads, and caches that lie with the case."""
+        """Variables of a system's processes: threads, and caches that lie with the case.
+
+        No system uses numpy's BLAS, whose threads would spin for a while in every new process. Python keeps what it
+        compiled of its modules, as an installed package has it.
+        """
         inductor = "aotinductor" if system == "aotinductor" else "inductor"
         caches = {
             "TILEWRIGHT_CACHE": str(folder / "cache.tilewright"),
             "TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache.{inductor}"),
         }
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        return caches | dict.fromkeys(names, str(self.threads))
+        common = {"OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+        return caches | common | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
 
     def time(self, case: Case, systems: Sequence[str], built: Sequence[str], folder: Path) -> dict[str, Any]:
         """Every system in turns, and the processor's limits between them; then Tilewright's kernels."""
@@ -151,11 +172,13 @@ class Bench:
                 say(f"{case.name}: loading {name}")
                 workers[name] = worker = Process("benchmarks.cpu_worker", self.environment(folder, name))
                 request = {"system": name, "folder": str(folder), "threads": self.threads}
-                answer = worker.ask({"load": request | {"precision": case.precision}}, LOAD_LIMIT)
+                request |= {"target": self.target} if name == LIMITS else {"precision": case.precision}
+                answer = worker.ask({"load": request}, LOAD_LIMIT)
                 found[name] = judged(answer, TOLERANCES[case.precision])
                 worker.stop()
-            for index in range(self.rounds):
-                say(f"{case.name}: round {index + 1} of {self.rounds}")
+            rounds = self.rounds_of(case, len(built))
+            say(f"{case.name}: {rounds} rounds")
+            for index in range(rounds):
                 names = [name for name in workers if "error" not in found[name]]
                 for name in names[index % len(names) :] + names[: index % len(names)]:
                     workers[name].resume()
@@ -186,8 +209,8 @@ class Bench:
         """New processes up to their first output, in turns; the first of each, which fills the page cache, is left."""
         runs: dict[str, list[tuple[float, int]]] = {name: [] for name in built}
         found = {name: self.not_built(case, name) for name in systems if name not in built}
-        for index in range(self.starts + 1):
-            say(f"{case.name}: start {index + 1} of {self.starts + 1}")
+        say(f"{case.name}: starting each {self.starts + 1} times")
+        for _ in range(self.starts + 1):
             for name, record in runs.items():
                 spent = sum(seconds for seconds, _ in record)
                 if name in found or (len(record) > FEWEST_STARTS and spent > STARTS_SECONDS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cpu_report import Results, bound_ms, timed_systems
+from .cpu_ratios import Results, bound_ms, timed_systems
 from .cpu_units import SYSTEMS, Case
 
 COLOURS = ("#c8432b", "#b9bdc4", "#8f96a1", "#6a7280", "#5b8db8", "#2f5d8a")

@@ -2,107 +2,43 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .cpu_goals import goals
 from .cpu_losses import describe_losses
-from .cpu_units import CONVOLUTIONAL, MODELS, PRECISIONS, SYSTEMS, TRANSFORMERS, Case
+from .cpu_ratios import OURS, Results, bound_ms, fastest_peer, ratio, timed_systems
+from .cpu_units import MODELS, PRECISIONS, SYSTEMS, Case
 from .state import describe
 
-Results = Mapping[str, Mapping[str, Any]]
-OURS = "tilewright"
 
+def report(
+    machine: Mapping[str, Any],
+    results: Results,
+    planned: Sequence[Case],
+    skipped: Mapping[str, str],
+    matmuls: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """All tables as text. What was not measured says so.
 
-def report(machine: Mapping[str, Any], results: Results, planned: Sequence[Case], skipped: Mapping[str, str]) -> str:
-    """All tables as text. What was not measured says so."""
+    Args:
+        machine: processor and versions.
+        results: of all stages.
+        planned: cases to report on.
+        skipped: systems that were left out, and why.
+        matmuls: rows of benchmarks.kernels.
+    """
     parts = [describe(machine)]
     measured = [case for case in planned if f"time/{case.name}" in results]
     parts += ["\n".join(_case(results, case)) for case in measured]
     parts += ["\n".join(lines) for case in measured if (lines := list(_slower(results, case)))]
-    goals = summary(results, planned)
-    if goals:
-        parts.append("\n".join(f"{text}: {value:.2f}" for text, value in goals.items()))
+    if found := goals(results, planned, matmuls):
+        parts.append("\n".join(map(str, found)))
     parts += [f"skipped: {SYSTEMS[name].label}: {reason}" for name, reason in skipped.items()]
     waiting = [case.name for case in planned if case not in measured]
     if waiting:
         parts.append(f"not measured: {len(waiting)} of {len(planned)} cases; run again to go on ({waiting[0]} is next)")
     return "\n\n".join(parts)
-
-
-def bound_ms(results: Results, case: Case) -> float:
-    """What a call would take at the limits: all multiply-adds at their rate, or all weights read once."""
-    limits = results[f"time/{case.name}"]["limits"]
-    needs = results[f"build/{case.name}/reference"]
-    size = needs["weight_bytes"] / (2 if case.precision == "bf16" else 1)
-    rate = limits.get(PRECISIONS[case.precision], limits["float32"])
-    return 1e3 * float(max(needs["flops"] / rate, size / limits["read"]))
-
-
-def timed_systems(results: Results, case: Case) -> dict[str, Mapping[str, Any]]:
-    """The systems that were timed."""
-    found = results.get(f"time/{case.name}", {"systems": {}})["systems"]
-    return {name: item for name, item in found.items() if "error" not in item}
-
-
-def ratio(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> float:
-    """How many times faster we are: the median over turns, each compared with the same round's, as machines drift."""
-    pairs = zip(theirs["turns"], ours["turns"], strict=False)
-    return statistics.median(their / our for their, our in pairs)
-
-
-def fastest_peer(results: Results, case: Case) -> tuple[str, float] | None:
-    """The peer with the least ratio, and that ratio; ``None`` where we or all peers are missing."""
-    found = timed_systems(results, case)
-    if OURS not in found or len(found) < 2:
-        return None
-    ratios = {name: ratio(item, found[OURS]) for name, item in found.items() if name != OURS}
-    name = min(ratios, key=lambda name: ratios[name])
-    return name, ratios[name]
-
-
-def summary(results: Results, planned: Sequence[Case]) -> dict[str, float]:
-    """The numbers that goals are stated in; only those that can be had from the results."""
-    found: dict[str, float] = {}
-    for precision in dict.fromkeys(case.precision for case in planned):
-        ratios = {
-            case: peer[1]
-            for case in planned
-            if case.precision == precision and (peer := fastest_peer(results, case)) is not None
-        }
-        for what, latency in (("latency", True), ("throughput", False)):
-            chosen = {case.model: value for case, value in ratios.items() if case.latency == latency}
-            least = {model: chosen[model] for model in TRANSFORMERS if model in chosen}
-            if least:
-                worst = min(least, key=lambda model: least[model])
-                found[f"{precision} {what}, least of the transformers ({worst}), to the fastest peer"] = least[worst]
-            images = [chosen[model] for model in CONVOLUTIONAL if model in chosen]
-            if images:
-                text = f"{precision} {what}, mean of {len(images)} convolutional networks, to the fastest peer"
-                found[text] = statistics.geometric_mean(images)
-        latencies = [case for case in planned if case.precision == precision and case.latency]
-        found |= {f"{precision} {text}": value for text, value in _shares(results, latencies).items()}
-    return found
-
-
-def _shares(results: Results, latencies: Sequence[Case]) -> dict[str, float]:
-    """Compile time, start-up and memory as shares of a peer's: the largest over the models."""
-    shares: dict[str, list[float]] = {}
-    for case in latencies:
-        builds = [results.get(f"build/{case.name}/{name}", {}).get("seconds") for name in (OURS, "aotinductor")]
-        if all(builds):
-            shares.setdefault("compile time as a share of AOTInductor's, at most", []).append(builds[0] / builds[1])
-        starts = results.get(f"start/{case.name}", {"systems": {}})["systems"]
-        good = {name: item for name, item in starts.items() if "error" not in item}
-        if OURS not in good or len(good) < 2:
-            continue
-        for text, key in (
-            ("start-up as a share of the fastest", "seconds"),
-            ("memory as a share of the leanest", "peak_bytes"),
-        ):
-            least = min(item[key] for name, item in good.items() if name != OURS)
-            shares.setdefault(f"{text} peer's, at most", []).append(good[OURS][key] / least)
-    return {text: max(values) for text, values in shares.items()}
 
 
 def _case(results: Results, case: Case) -> Iterator[str]:

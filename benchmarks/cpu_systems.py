@@ -15,6 +15,9 @@ import numpy as np
 
 from .values import flatten
 
+INPUTS, OUTPUTS = "inputs.npy", "outputs.npy"
+"""In a case's folder: what all systems are given, and what eager float32 PyTorch makes of it."""
+
 Call = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 Loader = Callable[[Path, int, str], Call]
 

@@ -38,26 +38,30 @@ class System:
         name: in commands and results.
         label: in tables and the plot.
         modules: that have to be there, each from the package of the same name.
-        artifact: whether it makes something that is deployed.
+        builds: whether there is anything to build before it can be loaded.
+        batched: whether it takes part at larger batches, too, where not asked for by name.
     """
 
     name: str
     label: str
     modules: tuple[str, ...]
-    artifact: bool = True
+    builds: bool = True
+    batched: bool = True
 
 
 SYSTEMS = {
     system.name: system
     for system in (
         System("tilewright", "Tilewright", ()),
-        System("eager", "PyTorch eager", ("torch",), artifact=False),
-        System("inductor", "torch.compile", ("torch",), artifact=False),
-        System("aotinductor", "AOTInductor", ("torch",)),
+        System("eager", "PyTorch eager", ("torch",), builds=False),
+        System("inductor", "torch.compile", ("torch",)),
+        System("aotinductor", "AOTInductor", ("torch",), batched=False),  # its kernels are those of torch.compile
         System("onnxruntime", "ONNX Runtime", ("onnxruntime", "onnxscript")),
         System("openvino", "OpenVINO", ("openvino",)),
     )
 }
+
+BATCHED = tuple(name for name, system in SYSTEMS.items() if system.batched)
 
 
 @dataclass(frozen=True)

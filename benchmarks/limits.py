@@ -108,9 +108,9 @@ def loops(target: Target, folder: Path, *, reading: bool = True) -> dict[str, Lo
     return found
 
 
-def this_machine() -> Target:
-    """The widest target that this machine runs."""
-    return parse("cpu", features())
+def target_of(name: str = "") -> Target:
+    """A target by name; without one, the widest that this machine runs."""
+    return parse(name or "cpu", features())
 
 
 def build(source: str, target: Target, folder: Path) -> Kernel:

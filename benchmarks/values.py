@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+
+def save_arrays(path: Path, arrays: Sequence[np.ndarray]) -> None:
+    """Write arrays one after the other, each as numpy's format has it: read without an archive's modules."""
+    with open(path, "wb") as file:
+        for array in arrays:
+            np.save(file, array, allow_pickle=False)
+
+
+def load_arrays(path: Path) -> list[np.ndarray]:
+    """The arrays of :func:`save_arrays`, in order."""
+    arrays = []
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        while file.tell() < size:
+            arrays.append(np.load(file, allow_pickle=False))
+    return arrays
 
 
 def flatten(value: Any) -> list[Any]:

@@ -42,6 +42,7 @@ WORTH = 0.9
 _TRANSFORM_IN = {4: 250, 2: 90}  # cycles per tile and 16 channels
 _TRANSFORM_OUT = {4: 300, 2: 80}  # with what the epilogue loses by working on tiles
 _PRODUCTS = 0.88  # of the multiply-add limit
+_ROWS = 3  # fewer tiles of a block take as long
 _DIRECT = 0.92
 _SECOND_CACHE = 1 << 18  # weights that stay there while a band of tiles is computed
 _STREAMED = 12  # bytes per cycle from the third cache to one core
@@ -260,7 +261,8 @@ def winograd_cycles(g: Geometry, choice: Choice, n: int, oh: int, ow: int) -> fl
     tiles = sizes.evaluate(winograd.tiles_of(n, oh, ow, choice.tile), {})
     blocks = sizes.evaluate(winograd.blocks_of(tiles), {})
     vectors, weights = -(-g.outputs // LANES), _points(g, choice.tile) * 4
-    products = tiles * choice.points * g.channels * vectors / _PRODUCTS
+    rows = max(tiles, _ROWS * min(blocks, tiles))
+    products = rows * choice.points * g.channels * vectors / _PRODUCTS
     if weights > _SECOND_CACHE:  # every block streams all of them
         products = max(products, blocks * weights / _STREAMED)
     transforms = _TRANSFORM_IN[choice.tile] * choice.groups * -(-g.channels // LANES)

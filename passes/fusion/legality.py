@@ -13,8 +13,8 @@ from math import inf
 from torch import fx
 
 from ..graph.edit import same_shape, tensor_shape
-from ..graph.layouts import reads_image
-from ..graph.query import arguments
+from ..graph.layouts import BLOCKED, reads_image
+from ..graph.query import arguments, aten
 from ..graph.roles import Roles
 from .grouping import Vertex
 from .operators import MANY, cost, is_row_of, operator_name, part, reads_once, reduction_kind
@@ -80,6 +80,8 @@ def admit(vertex: Vertex, node: fx.Node, roles: Roles) -> Admission | str:
         return f"the kernel of {vertex.root} is long enough"
     before = next((use.user for use in uses if part(use.user, roles) == "anchor"), None)
     if before is not None and not (what in ("pointwise", "assembled") and _is_mask(before, uses[0].operand)):
+        if all(_converts_gathered(use, node, roles) for use in uses):
+            return Admission(inf, "other", False)
         return f"{before} takes in nothing but views of its operands"
     if vertex.family != "loop" and what not in ("pointwise", "assembled"):
         return f"the kernel of {vertex.root} only takes in pointwise operators"
@@ -184,6 +186,15 @@ def _positions(user: fx.Node, operand: fx.Node) -> list[int]:
     """Where an operand stands among the arguments; -1 for a keyword."""
     found = [position for position, argument in enumerate(user.args) if argument is operand]
     return found + [-1 for argument in user.kwargs.values() if argument is operand]
+
+
+def _converts_gathered(use: Use, node: fx.Node, roles: Roles) -> bool:
+    """Whether a value is the conversion of an image that a convolution on a CPU gathers element by element anyway."""
+    anchor = roles.anchors.get(use.user.target)
+    if node.target is not aten._to_copy.default or anchor is None or anchor.family != "convolution":
+        return False
+    gathers = roles.image_layout == BLOCKED and not reads_image(use.user, roles)
+    return gathers and _positions(use.user, use.operand) == [0]
 
 
 def _is_mask(user: fx.Node, operand: fx.Node) -> bool:

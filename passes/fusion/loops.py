@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from ..graph.edit import same_shape, tensor_shape
+from ..graph.query import aten
 from ..graph.roles import Roles
 from .grouping import Grouping, Vertex
 from .legality import MASK, Admission, admit, takes_view, uses_in
@@ -21,6 +22,7 @@ RESULTS = 3  # results of one kernel
 COPIES = 3  # regions that compute one cheap value each for themselves
 
 Refuse = Callable[[fx.Node, str], None]
+_TO = aten._to_copy.default
 _ANYWHERE = Admission(inf, "other", False)
 
 
@@ -119,10 +121,10 @@ class LoopFusion:
 
     def _as_result(self, node: fx.Node, what: str, answers: dict[Vertex, Admission | str]) -> bool:
         """Compute the value in the kernel of its first reader and store it there, for the others."""
-        if what not in ("pointwise", "assembled", "gather"):
-            return False
         for region in sorted(answers, key=lambda region: region.order):
             answer = answers[region]
+            if what not in ("pointwise", "assembled", "gather") and not _converts(region, node):
+                continue
             if region.family != "loop" or not isinstance(answer, Admission) or answer.place != "element":
                 continue
             if not same_shape(tensor_shape(node), region.shape) or len(region.results) + 2 > RESULTS:
@@ -132,7 +134,7 @@ class LoopFusion:
             if not self.grouping.merge(self.grouping.of[node], region):
                 self.refuse(node, f"would make a cycle with {region.root}")
                 continue
-            _enter(region, node, answer)
+            _enter(region, node, answer, reduces=what in ("reduction", "window"))
             region.results.add(node)
             return True
         return False
@@ -151,6 +153,11 @@ class LoopFusion:
 
 def _reasons(answers: dict[Vertex, Admission | str]) -> str:
     return next((answer for answer in answers.values() if isinstance(answer, str)), "")
+
+
+def _converts(region: Vertex, node: fx.Node) -> bool:
+    """Whether a region is nothing but the conversion of a value to another type: its kernel stores both."""
+    return region.nodes == [region.root] and region.root is not None and region.root.target is _TO
 
 
 def _is_large(operand: fx.Node) -> bool:

@@ -14,8 +14,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,22 +27,9 @@ from tilewright.codegen.targets import parse
 from tilewright.codegen.templating import Hole, render
 from tilewright.runtime.cpu import features
 
+from .kernels_case import POINTERS, Case, random
+from .kernels_convolution import convolutions
 from .limits import build, loops, timed
-
-POINTERS = "const float *restrict x = buf[0]; const float *restrict w = buf[1]; float *restrict y = buf[2];"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One layer: the kernel's source and arguments, and what PyTorch does for it."""
-
-    name: str
-    flops: int
-    source: str
-    arrays: Sequence[np.ndarray]
-    units: int
-    torch_call: Callable[[], object]
-    dtype: str = "float32"
 
 
 def main() -> None:
@@ -121,31 +107,7 @@ def layers() -> Iterator[Case]:
         if m > 1:
             yield linear_bf16(f"bf16 of float32 {name}", m, n, k, left="float32")
         yield product_int8(f"int8 {name}", m, n, k)
-    for ic, oc, size, kernel, stride in (
-        (64, 64, 56, 1, 1), (64, 64, 56, 3, 1), (64, 256, 56, 1, 1), (256, 64, 56, 1, 1), (128, 128, 56, 3, 2),
-        (256, 512, 56, 1, 2), (512, 128, 28, 1, 1), (128, 128, 28, 3, 1), (128, 512, 28, 1, 1), (256, 256, 14, 3, 1),
-        (1024, 256, 14, 1, 1), (256, 1024, 14, 1, 1), (512, 512, 14, 3, 2), (2048, 512, 7, 1, 1), (512, 512, 7, 3, 1),
-        (512, 2048, 7, 1, 1),
-    ):  # fmt: skip
-        name = f"resnet {ic} to {oc}, {size}x{size}, {kernel}x{kernel}/{stride}"
-        yield convolution(name, ic, oc, size, kernel, stride)
-    yield gathered("resnet stem 7x7/2", 3, 64, 224, 7, 2, 3)
-    yield gathered("mobilenet stem 3x3/2", 3, 16, 224, 3, 2, 1)
-    yield gathered("vit patches 16x16/16", 3, 768, 224, 16, 16, 0)
-    for channels, size, kernel, stride in (
-        (16, 112, 3, 1),
-        (64, 112, 3, 2),
-        (72, 56, 5, 2),
-        (120, 28, 5, 1),
-        (480, 14, 3, 1),
-        (960, 7, 5, 1),
-    ):
-        name = f"mobilenet depthwise {channels}, {size}, {kernel}x{kernel}/{stride}"
-        yield depthwise(name, channels, size, kernel, stride)
-
-
-def random(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(shape, np.float32)
+    yield from convolutions()
 
 
 def linear(name: str, m: int, n: int, k: int) -> Case:
@@ -194,62 +156,6 @@ def product_int8(name: str, m: int, n: int, k: int) -> Case:
     units = packing.matmul_units(1, m, n)
     call = functools.partial(torch._int_mm, torch.from_numpy(x), torch.from_numpy(weight))
     return Case(name, 2 * m * n * k, source, arrays, int(units), call, "int8")
-
-
-def image_context(oc: int, size: int, kernel: int, stride: int, padding: int) -> tuple[int, dict[str, object]]:
-    out = (size + 2 * padding - kernel) // stride + 1
-    blocks = -(-oc // 16)
-    return out, {
-        "name": "kernel", "prelude": POINTERS, "H": size, "W": size, "OH": out, "OW": out, "KH": kernel, "KW": kernel,
-        "stride": (stride, stride), "padding": (padding, padding), "dilation": (1, 1), "w_base": "w",
-        "epilogue": Hole(
-            f"float *restrict to = y + ((n * {blocks} + cb) * {out * out} + p) * 16;", "to[lane] = acc > 0 ? acc : 0;"
-        ),
-    }  # fmt: skip
-
-
-def convolution(name: str, ic: int, oc: int, size: int, kernel: int, stride: int) -> Case:
-    out, context = image_context(oc, size, kernel, stride, kernel // 2)
-    source = render("convolution.c.jinja", IC=ic, OC=oc, groups=1, x_base="x", **context)
-    x, weight = random(1, ic, size, size), random(oc, ic, kernel, kernel)
-    arrays = [
-        packing.block_channels(x),
-        packing.pack_convolution(weight),
-        np.empty(-(-oc // 16) * out * out * 16, np.float32),
-    ]
-    tensors, flops = (torch.from_numpy(x), torch.from_numpy(weight)), 2 * out * out * oc * ic * kernel * kernel
-    units = int(packing.convolution_units(1, out, out, oc))
-    return Case(name, flops, source, arrays, units, lambda: torch.conv2d(*tensors, stride=stride, padding=kernel // 2))
-
-
-def gathered(name: str, ic: int, oc: int, size: int, kernel: int, stride: int, padding: int) -> Case:
-    out, context = image_context(oc, size, kernel, stride, padding)
-    load = Hole(
-        f"const float *restrict from = x + ((n * {ic} + ic) * {size} + ih) * {size};", "const float x_value = from[iw];"
-    )
-    source = render("convolution_gathered.c.jinja", IC=ic, OC=oc, groups=1, load_x=load, **context)
-    x, weight = random(1, ic, size, size), random(oc, ic, kernel, kernel)
-    arrays = [x, packing.pack_convolution_gathered(weight), np.empty(-(-oc // 16) * out * out * 16, np.float32)]
-    tensors, flops = (torch.from_numpy(x), torch.from_numpy(weight)), 2 * out * out * oc * ic * kernel * kernel
-    units = int(packing.convolution_gathered_units(1, out, out, oc, 1, (kernel, kernel), (stride, stride), (1, 1)))
-    return Case(name, flops, source, arrays, units, lambda: torch.conv2d(*tensors, stride=stride, padding=padding))
-
-
-def depthwise(name: str, channels: int, size: int, kernel: int, stride: int) -> Case:
-    out, context = image_context(channels, size, kernel, stride, kernel // 2)
-    source = render("depthwise.c.jinja", C=channels, x_base="x", **context)
-    x, weight = random(1, channels, size, size), random(channels, 1, kernel, kernel)
-    arrays = [
-        packing.block_channels(x),
-        packing.pack_depthwise(weight),
-        np.empty(-(-channels // 16) * out * out * 16, np.float32),
-    ]
-    tensors, flops = (torch.from_numpy(x), torch.from_numpy(weight)), 2 * out * out * channels * kernel * kernel
-    units = int(packing.depthwise_units(1, channels, out, out, (kernel, kernel), (stride, stride), (1, 1)))
-    return Case(
-        name, flops, source, arrays, units,
-        lambda: torch.conv2d(*tensors, stride=stride, padding=kernel // 2, groups=channels),
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

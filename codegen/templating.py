@@ -14,10 +14,15 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Hole:
-    """Text for a hole of a template: ``row`` once per output row, ``element`` inside the vector loop."""
+    """Text for a hole of a template.
+
+    ``row`` comes once per output row, ``element`` inside the vector loop, and ``finish``, where the template takes such
+    a part, after it.
+    """
 
     row: str = ""
     element: str = ""
+    finish: str = ""
 
 
 @functools.cache

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ...runtime import sizes
 from ...runtime.sizes import Size
 from .. import anchors
-from ..expr import Expr
+from ..expr import Expr, coefficient
 from ..kernel import NAME, KernelCode
 from ..templating import Hole, render
 from ..values import Value
 from . import dialect
 from .emit import Emitter, Scope
 from .frame import prelude
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A run of elements along a vector loop: where it starts, how many there are (C) and at most (a number)."""
+
+    first: Size
+    count: str
+    most: int
 
 
 class Anchored(anchors.Anchored):
@@ -26,6 +36,7 @@ class Anchored(anchors.Anchored):
         inner: str,
         acc: Callable[[Expr], Expr],
         dtype: str = "float32",
+        narrow: Narrow | None = None,
     ) -> Hole:
         """The stores of the results, given the accumulator at a logical index of the anchor's result.
 
@@ -35,11 +46,20 @@ class Anchored(anchors.Anchored):
             inner: the vector loop's variable.
             acc: from the raw accumulator to the anchor's value (adds the bias).
             dtype: of the accumulator and the anchor's value.
+            narrow: the run of elements after which the template has the hole's ``finish``: bfloat16 results that lie
+                contiguous are then converted there, whole vectors at a time (compilers do not vectorise that well).
         """
         outside, inside = self.scopes(outer, inner)
+        finish = []
         for parameter, offset, root in self.stores(index, acc, dtype):
-            inside.store(parameter.name, offset, root)
-        return Hole("\n".join(outside.lines), "\n".join(inside.lines))
+            if narrow is None or parameter.dtype != "bfloat16" or coefficient(offset, inner) != 1:
+                inside.store(parameter.name, offset, root)
+                continue
+            row, start = f"tw_narrow_{parameter.name}", sizes.substitute(offset, {inner: narrow.first})
+            outside.lines.append(f"float {row}[{narrow.most}] TW_ALIGNED;")
+            inside.assign(f"{row}[{dialect.size(sizes.add(inner, sizes.mul(-1, narrow.first)))}]", root)
+            finish.append(f"tw_store_bf16({parameter.name} + {dialect.size(start)}, {row}, {narrow.count});")
+        return Hole("\n".join(outside.lines), "\n".join(inside.lines), "\n".join(finish))
 
     def read(
         self,
@@ -65,7 +85,11 @@ class Anchored(anchors.Anchored):
         """Render the template into a kernel."""
         symbols = self.symbols(units, flops)
         lines = "\n".join([*prelude(self.frame.parameters, symbols), *(f"(void){name};" for name in symbols)])
-        source = '#include "tw_math.h"\n' + render(template, name=NAME, prelude=lines, **context)
+        headers = ["tw_math.h"]
+        if any(parameter.dtype == "bfloat16" for parameter in self.frame.results()):
+            headers.append("tw_narrow.h")
+        source = "".join(f'#include "{header}"\n' for header in headers)
+        source += render(template, name=NAME, prelude=lines, **context)
         return KernelCode(
             family=family,
             label=self.task.label(),

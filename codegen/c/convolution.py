@@ -22,7 +22,7 @@ from ..regions import Frame, Made, Task
 from ..storage import Packing, Storage
 from ..values import LANES
 from . import packing, winograd
-from .anchors import Anchored, c_size
+from .anchors import Anchored, Narrow, c_size
 
 __all__ = ["TARGETS", "convolution_family"]
 
@@ -115,7 +115,9 @@ def _build(
         context["C"] = g.channels
     else:
         context |= {"IC": g.channels, "OC": g.outputs, "groups": g.groups}
-    context["epilogue"] = work.epilogue(index, ("n", "cb", "p"), "lane", with_bias(work, found.bias, channel))
+    narrow = Narrow("tw_lane0", "tw_lane1 - tw_lane0", LANES)
+    acc = with_bias(work, found.bias, channel)
+    context["epilogue"] = work.epilogue(index, ("n", "cb", "p"), "lane", acc, narrow=narrow)
     return work.code(
         template,
         family="convolution",

@@ -136,6 +136,12 @@ class Scope:
         text, place = self.value(value), self.size(offset)
         self.lines.append(f"{buffer}[{place}] = {dialect.to_storage(text, value.dtype, self.emitter.dtypes[buffer])};")
 
+    def assign(self, target: str, value: Expr) -> None:
+        """Append ``target = value``, for an array of the computation's dtype."""
+        self._reductions_first(value, ())
+        text = self.value(value)
+        self.lines.append(f"{target} = {text};")
+
     def _reductions_first(self, expr: Expr, bound: Iterable[str]) -> None:
         """Emit the reductions that an expression needs before the expression: what they keep of a row is then there.
 

@@ -79,7 +79,8 @@ def pack_convolution_gathered(weight: np.ndarray, groups: int = 1) -> np.ndarray
     """``[OC, IC/groups, KH, KW]`` for ``convolution_gathered.c.jinja``.
 
     Gives ``[groups, ceil(OC/groups/32), IC/groups * KH * KW, 32]``. Of 2-byte elements, a word holds two rows of taps
-    that follow one another (those of one channel, then those of the next): ``[..., ceil(IC/groups * KH / 2) * KW, 32, 2]``.
+    that follow one another, those of one channel and then those of the next: ``[..., ceil(IC/groups * KH / 2) * KW, 32,
+    2]``.
     """
     outputs, width = weight.shape[0] // groups, weight.shape[-1]
     rows = weight.reshape(groups, outputs, -1).transpose(0, 2, 1)
@@ -112,9 +113,9 @@ def unblock_channels(image: np.ndarray, channels: int) -> np.ndarray:
     return np.ascontiguousarray(image.transpose(0, 1, 4, 2, 3).reshape(n, blocks * CHANNELS, h, w)[:, :channels])
 
 
-def matmul_units(batch: Size, m: Size, n: Size) -> Size:
-    """Work units of ``matmul.c.jinja``: a panel of a block of rows each."""
-    return mul(batch, ceildiv(m, ROWS), ceildiv(n, PANEL))
+def matmul_units(batch: Size, m: Size, n: Size, block: int = ROWS) -> Size:
+    """Work units of ``matmul.c.jinja``: a panel of a block of at most ``block`` rows each."""
+    return mul(batch, ceildiv(m, block), ceildiv(n, PANEL))
 
 
 def can_convolve_blocked(channels: int, outputs: int, groups: int, kernel: tuple[int, int]) -> bool:

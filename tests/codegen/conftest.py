@@ -74,10 +74,11 @@ def processor_features() -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Hole:
-    """What the code generator passes for a hole: ``row`` once per output row, ``element`` inside the simd loop."""
+    """What the code generator passes for a hole: ``row``, ``element`` inside the simd loop, ``finish`` after it."""
 
     row: str = ""
     element: str = ""
+    finish: str = ""
 
 
 class Kernel:

@@ -29,6 +29,7 @@ from tilewright.runtime.cpu import features
 
 from .kernels_case import POINTERS, Case, random
 from .kernels_convolution import convolutions
+from .kernels_winograd import winograd_layers
 from .limits import build, loops, timed
 
 
@@ -108,6 +109,7 @@ def layers() -> Iterator[Case]:
             yield linear_bf16(f"bf16 of float32 {name}", m, n, k, left="float32")
         yield product_int8(f"int8 {name}", m, n, k)
     yield from convolutions()
+    yield from winograd_layers()
 
 
 def linear(name: str, m: int, n: int, k: int) -> Case:

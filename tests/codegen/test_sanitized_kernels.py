@@ -16,10 +16,12 @@ FILES = (
     "test_matmul_words.py",
     "test_convolution_template.py",
     "test_depthwise_template.py",
+    "test_winograd_template.py",
 )
 SUBSET = (
     "v3 and ((packs_both and (sizes1 or sizes4 or bfloat16 or int8)) or 33-170 or columns or (deep and 1024-v3)"
-    " or (test_blocked and (5x2 or groups)) or (test_gathered and dilation) or (test_depthwise and 5x5))"
+    " or (test_blocked and (5x2 or groups)) or (test_gathered and dilation) or (test_depthwise and 5x5)"
+    " or (wide and 4-v3))"
 )  # v3 for the most part: twice as many rows take four times as long to compile with checks
 
 

@@ -48,6 +48,7 @@ class KernelCode:
         parameters: the buffers.
         tiles: of a GPU kernel, the binaries to build, the default one first.
         signature: of a GPU kernel, the type of every argument: ``"*fp32"``, ``"*i64"``, ``"i32"``...
+        choice: of a CPU kernel, words for how it is blocked, where there are other ways.
     """
 
     family: str
@@ -60,6 +61,7 @@ class KernelCode:
     parameters: tuple[Parameter, ...] = field(default=())
     tiles: tuple[Tile, ...] = ()
     signature: tuple[str, ...] = ()
+    choice: str = ""
 
 
 def elements(shape: Sequence[Size], layout: str) -> Size:

@@ -37,6 +37,7 @@ class Task:
         symbols: translation of symbolic sizes.
         constants: where packed weights are requested.
         precision: how GPU kernels multiply float32: ``"ieee"``, or ``"tf32"`` where that was asked for.
+        tuned_for: the base instruction set of the CPU kernels that will be measured; empty where none are.
     """
 
     node: fx.Node
@@ -46,6 +47,7 @@ class Task:
     symbols: SymbolTable
     constants: ConstantTable
     precision: str = "ieee"
+    tuned_for: str = ""
 
     def placeholders(self) -> list[fx.Node]:
         """The region's placeholders, in the order of ``operands``."""
@@ -72,11 +74,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Made:
-    """A kernel and the storages of its parameters, under a guard."""
+    """A kernel and the storages of its parameters, under a guard.
+
+    ``others`` do the same to the last bit in ways that may be faster on some machine; there are some only where kernels
+    are measured (:attr:`Task.tuned_for`).
+    """
 
     code: KernelCode
     storages: tuple[Storage, ...]
     guard: Size = 1
+    others: tuple[KernelCode, ...] = ()
 
 
 class Frame:

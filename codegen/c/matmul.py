@@ -10,7 +10,8 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import fx
@@ -35,6 +36,7 @@ from ..regions import Frame, Made, Task
 from ..storage import Packing, Storage
 from ..values import dtype_name
 from .anchors import Anchored, c_size
+from .blocking import Blocking, Problem, alternatives, choose
 from .loops import loop_family
 from .packing import PANEL, matmul_units, pack_bytes, pack_matmul, pack_words
 
@@ -59,7 +61,9 @@ def matmul_family(task: Task) -> Sequence[Made]:
         packed = task.packed(weight, panel_packing(n, k, transposed=transposed, kind=kind))
     skip = unused_without(anchor, operands(anchor)[1]) if packed is not None else []
     frame = Frame(task, skip=skip, extra=[packed] if packed is not None else [])
-    return [Made(_build(task, anchor, frame, packed, kind), frame.storages)]
+    problem, code = _build(task, anchor, frame, packed, kind)
+    others = [code(blocking) for blocking in alternatives(problem, task.tuned_for)]
+    return [Made(code(choose(problem)), frame.storages, others=tuple(others))]
 
 
 def panel_packing(n: int, k: int, *, transposed: bool, kind: str = "float32") -> Packing:
@@ -91,11 +95,15 @@ def _kind(anchor: fx.Node) -> str | None:
     return "bfloat16" if dtypes == {"bfloat16"} else "float32"
 
 
-def _build(task: Task, anchor: fx.Node, frame: Frame, packed: Storage | None, kind: str) -> KernelCode:
+def _build(
+    task: Task, anchor: fx.Node, frame: Frame, packed: Storage | None, kind: str
+) -> tuple[Problem, Callable[[Blocking], KernelCode]]:
+    """What is to be blocked, and the kernel for a blocking."""
     work = Anchored(task, anchor, frame)
     product = product_of(work)
     value, total = ("int32", "int32") if kind == "int8" else ("float32", "float32")
     context = _left_in_place(work, product, kind)
+    left = _left(context, kind)
     if not context:
         context["pack_a"] = work.read(product.a, ("b", "m", "k"), ("b", "m"), "k", "a_value", value)
     if packed is not None:
@@ -103,19 +111,41 @@ def _build(task: Task, anchor: fx.Node, frame: Frame, packed: Storage | None, ki
     else:
         context["pack_b"] = work.read(product.right(), ("b", "k", "n"), ("b", "k"), "n", "b_value", value)
     epilogue = work.epilogue(product.index, ("b", "m"), "n", product.added, total)
-    return work.code(
-        "matmul.c.jinja",
-        family="matmul",
-        units=matmul_units(product.batch, product.m, product.n),
-        flops=product.flops,
-        kind=kind,
-        BATCH=c_size(product.batch),
-        M=c_size(product.m),
-        N=c_size(product.n),
-        K=c_size(product.k),
-        epilogue=epilogue,
-        **context,
-    )
+    words = sizes.ceildiv(product.k, _PER_WORD[kind])
+    problem = Problem(product.batch, product.m, product.n, words, left, packed is not None)
+
+    def code(blocking: Blocking) -> KernelCode:
+        narrow, wide = blocking.cuts
+        code = work.code(
+            "matmul.c.jinja",
+            family="matmul",
+            units=matmul_units(product.batch, product.m, product.n, blocking.block),
+            flops=product.flops,
+            kind=kind,
+            BATCH=c_size(product.batch),
+            M=c_size(product.m),
+            N=c_size(product.n),
+            K=c_size(product.k),
+            block=blocking.block,
+            depth=narrow.depth,
+            group=narrow.group,
+            wide_depth=wide.depth,
+            wide_group=wide.group,
+            epilogue=epilogue,
+            **context,
+        )
+        return replace(code, choice=blocking.name)
+
+    return problem, code
+
+
+def _left(context: Mapping[str, object], kind: str) -> str:
+    """What the template does with the rows of the left operand: :attr:`Problem.left`."""
+    if not context:
+        return "gathered"
+    if context["a_storage"] != kind or kind == "int8":
+        return "converted"
+    return "direct" if context["a_words"] else "copied"
 
 
 def _left_in_place(work: Anchored, product: Product, kind: str) -> dict[str, object]:

@@ -79,9 +79,7 @@ class Rows:
     gather: Hole | None = None
 
 
-def _rows(
-    work: Anchored, value: Value, index: tuple[Size, ...], head: str, *, bf16: bool, pairs: bool = True
-) -> Rows:
+def _rows(work: Anchored, value: Value, index: tuple[Size, ...], head: str, *, bf16: bool, pairs: bool = True) -> Rows:
     """Rows in place where the head dimension lies contiguous in memory, else gathered through the index function.
 
     With ``bf16`` they are rows of bfloat16; ``pairs``: read as words of two, so that their number must be even.

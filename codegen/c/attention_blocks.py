@@ -1,4 +1,4 @@
-"""How ``attention.c.jinja`` cuts its work: the rows of a unit, the keys between two updates, and the number of units."""
+"""How ``attention.c.jinja`` cuts its work: rows of a unit, keys between two updates, number of units."""
 
 from __future__ import annotations
 

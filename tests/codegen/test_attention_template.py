@@ -12,8 +12,9 @@ from tilewright.runtime import sizes
 EVERY = pytest.mark.parametrize(
     ("target", "compiler"), [("v3", "gcc"), ("v4", "gcc"), ("v3", "zig"), ("v4", "zig")], ids=lambda text: text
 )
+WORDS = pytest.mark.parametrize("target", ["v3", "v4base", "v4"])
 BOTH = pytest.mark.parametrize("target", ["v3", "v4"])
-PRELUDE = """const float *restrict q = buf[0], *restrict k = buf[1], *restrict v = buf[2];
+PRELUDE = """const ELEMENT *restrict q = buf[0], *restrict k = buf[1], *restrict v = buf[2];
 float *restrict o = buf[3];
 const int64_t B = dim[0], H = dim[1], G = dim[2], SQ = dim[3], SK = dim[4], TOGETHER = dim[5];
 (void)B, (void)TOGETHER;"""
@@ -38,9 +39,10 @@ class Attention:
     """A kernel for [B, H, S, D] tensors (or [B, S, H, D] with ``interleaved``)."""
 
     def __init__(self, native, d, dv, target, compiler="gcc", causal=False, mask="none", interleaved=False, scale=None,
-                 gathered=False, together=False):  # fmt: skip
+                 gathered=False, together=False, bf16=False):  # fmt: skip
         self.native, self.d, self.dv, self.interleaved, self.together = native, d, dv, interleaved, together
-        self.blocks = blocks(d, dv)
+        self.blocks, self.bf16 = blocks(d, dv, bf16=bf16), bf16
+        kind = "uint16_t" if bf16 else "float"
         hole, declaration = MASKS[mask]
 
         def row(name, head, heads, position, length, width):
@@ -48,9 +50,10 @@ class Attention:
                 return f"{name} + ((b * {length} + {position}) * {heads} + {head}) * {width}"
             return f"{name} + ((b * {heads} + {head}) * {length} + {position}) * {width}"
 
-        def rows(address):
-            if gathered:
-                hole = native.Hole(f"const float *from = {address};", "const float element = from[d];")
+        def rows(address, length):
+            if gathered or (bf16 and length % 2):
+                element = "tw_bf16_to_f32(from[d])" if bf16 else "from[d]"
+                hole = native.Hole(f"const {kind} *from = {address};", f"const float element = {element};")
                 return {"address": "", "gather": hole}
             return {"address": address, "gather": None}
 
@@ -58,15 +61,15 @@ class Attention:
         source = native.render(
             "attention.c.jinja",
             name="attention",
-            prelude=PRELUDE + declaration,
+            prelude=PRELUDE.replace("ELEMENT", kind) + declaration,
             B="B", HEADS="H", GROUP="G", SQ="SQ", SK="SK", D=d, DV=dv,
-            TOGETHER="TOGETHER" if together else 1, rows=self.blocks.rows, keys=self.blocks.keys, bf16=False,
+            TOGETHER="TOGETHER" if together else 1, rows=self.blocks.rows, keys=self.blocks.keys, bf16=bf16,
             scale=float(np.float32(self.scale)).hex() + "f",
             causal=causal,
             scaled=mask != "none" or self.scale <= 0,
-            q=rows(row("q", "h", "H", "i", "SQ", d)),
-            k=rows(row("k", "hk", "(H / G)", "j", "SK", d)),
-            v=rows(row("v", "hk", "(H / G)", "j", "SK", dv)),
+            q=rows(row("q", "h", "H", "i", "SQ", d), d),
+            k=rows(row("k", "hk", "(H / G)", "j", "SK", d), d),
+            v=rows(row("v", "hk", "(H / G)", "j", "SK", dv), 0),
             mask=native.Hole(*hole) if hole else None,
             store=native.Hole(
                 f"float *restrict to = {row('o', 'h', 'H', 'i', 'SQ', dv)};", "to[d] = acc;"
@@ -79,6 +82,8 @@ class Attention:
         sk = k.shape[2]
         order = (0, 2, 1, 3) if self.interleaved else (0, 1, 2, 3)
         arrays = [np.ascontiguousarray(t.transpose(order)) for t in (q, k, v)]
+        if self.bf16:
+            arrays = [(array.view(np.uint32) >> 16).astype(np.uint16) for array in arrays]
         out = np.full(np.array((b, h, sq, self.dv))[list(order)], np.nan, np.float32)
         together = h // k.shape[1] if self.together else 1
         units = attention_units(b, h, sq, self.blocks, together)
@@ -143,6 +148,36 @@ def test_gathered_rows(native, target, shape):
     q, k, v = inputs(*shape)
     got = Attention(native, *shape[5:], target, gathered=True)(q, k, v)
     np.testing.assert_array_equal(got, Attention(native, *shape[5:], target)(q, k, v))
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(2, 6, 2, 1, 300, 64, 64), (1, 8, 2, 13, 70, 33, 48)], ids=str)
+def test_heads_together(native, target, shape):
+    """Heads that share keys give what they give alone, bit by bit; few rows read values in place."""
+    q, k, v = inputs(*shape)
+    got = Attention(native, *shape[5:], target, together=True)(q, k, v)
+    check(got, reference(q, k, v))
+    np.testing.assert_array_equal(got, Attention(native, *shape[5:], target)(q, k, v))
+    mask = np.where(np.random.default_rng(2).random((*shape[:2], *shape[3:5])) < 0.5, 0, -np.inf).astype(np.float32)
+    masked = Attention(native, *shape[5:], target, together=True, mask="additive")(q, k, v, mask)
+    check(masked, reference(q, k, v, torch.from_numpy(mask)))
+
+
+@WORDS
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("d, dv", [(64, 64), (33, 17)], ids=str)
+def test_bfloat16(native, target, causal, d, dv):
+    """Exponentials are rounded to bfloat16, each by 2^-8 of itself at the most; all else is exact or float32."""
+    attention = Attention(native, d, dv, target, causal=causal, bf16=True, together=not causal)
+    for shape in ((2, 4, 2, 1, 67, d, dv), (1, 4, 1, 70, 301, d, dv), (1, 2, 2, 13, 1, d, dv), (1, 2, 2, 2, 0, d, dv)):
+        q, k, v = (torch.from_numpy(t).bfloat16().float().numpy() for t in inputs(*shape))
+        got = attention(q, k, v)
+        if shape[4] == 0:
+            assert (got == 0).all()
+            continue
+        bound = reference(q, k, np.abs(v), causal=causal) * 2**-8 + 1e-5
+        assert (np.abs(got - reference(q, k, v, causal=causal)) <= bound).all()
+        np.testing.assert_array_equal(attention(q[:, :, -1:], k, v), got[:, :, -1:]) if not causal else None
 
 
 @BOTH

@@ -1,11 +1,11 @@
-/* What the attention kernel is made of: packing keys and values, tiles of its two products, the running softmax of a row.
+/* What the attention kernel is made of: packing keys and values, tiles of its two products, the running softmax.
  *
  * The softmax is the streaming one (M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018;
  * T. Dao et al., "FlashAttention", 2022): a row keeps its maximum and the sum of exponentials so far, and what it has
  * accumulated is scaled when the maximum grows.
  *
- * Keys and values are packed in panels of 32: [panels][depth][32], keys transposed. Operands of products are float32, or
- * words of two bfloat16 (include tw_words.h first), neighbours along the depth.
+ * Keys and values are packed in panels of 32: [panels][depth][32], keys transposed. Operands of products are float32,
+ * or words of two bfloat16 (include tw_words.h first), neighbours along the depth.
  */
 #ifndef TW_ATTENTION_H
 #define TW_ATTENTION_H
@@ -69,7 +69,8 @@ static inline void tw_transpose_8x8(const void *const *rows, int64_t at, float *
     for (int half = 0; half < 8; half += 4) {
         __m256 v[4];
         for (int r = 0; r < 4; r++) {
-            const float *const low = (const float *)rows[r] + at + half, *const high = (const float *)rows[r + 4] + at + half;
+            const float *const low = (const float *)rows[r] + at + half;
+            const float *const high = (const float *)rows[r + 4] + at + half;
             v[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
         }
         const __m256 a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]);
@@ -81,8 +82,17 @@ static inline void tw_transpose_8x8(const void *const *rows, int64_t at, float *
     }
 }
 
-/* panel[d][32] = 32 rows of `length` elements of 32 bits, transposed */
-static inline void tw_pack_transposed(void *panel, const void *const *rows, int64_t length) {
+/* Start to fetch four cache lines, into the second cache, from the `line`th of rows of `length` elements of 32 bits. */
+static inline void tw_prefetch_lines(const void *const *rows, int64_t line, int64_t length) {
+    const int64_t lines = (length + 15) / 16;
+    for (int64_t end = line + 4; line < end; line++) {
+        __builtin_prefetch((const char *)rows[line / lines] + line % lines * 64, 0, 2);
+    }
+}
+
+/* panel[d][32] = 32 rows of `length` elements of 32 bits, transposed. Meanwhile two times 32 rows are fetched, `soon`
+   (or 0): evenly, because the processor waits when many loads are under way, and in order, as it guesses right then. */
+static inline void tw_pack_transposed(void *panel, const void *const *rows, int64_t length, const void *const *soon) {
     float *const to = panel;
     for (int64_t row = 0; row < TW_PANEL; row += 8) {
         if (length < 8) {
@@ -97,6 +107,10 @@ static inline void tw_pack_transposed(void *panel, const void *const *rows, int6
         for (int64_t d = 0; d < length; d += 8) {
             const int64_t at = tw_smaller(d, length - 8);
             tw_transpose_8x8(rows + row, at, to + at * TW_PANEL + row);
+            if (soon && d + 8 <= length) {
+                tw_prefetch_lines(soon + row, d / 2, length);
+                tw_prefetch_lines(soon + TW_PANEL + row, d / 2, length);
+            }
         }
     }
 }
@@ -114,8 +128,8 @@ static inline void tw_pack_value_f32(float *to, int64_t pitch, const float *from
 
 /* ---- products ---- */
 
-/* sums[r][0..2*TW_LANES), rows `pitch` floats apart, = sums * factors[r] (0 without factors) + the sum over k < depth of
-   a[r * stride + k] times b[k * step + ...]; a and b in elements of 32 bits. The narrow form does TW_LANES columns. */
+/* sums[r][0..2*TW_LANES), rows `pitch` floats apart, = sums * factors[r] (0 without factors) + the sum over k < depth
+   of a[r * stride + k] times b[k * step + ...]; a and b in elements of 32 bits. The narrow form: TW_LANES columns. */
 #define TW_LOAD_f32 const tw_vec b0 = tw_load(b), b1 = tw_load(b + TW_LANES);
 #define TW_LOAD_f32_narrow const tw_vec b0 = tw_load(b);
 #define TW_STEPS_f32(ROWS) { TW_LOAD_f32 TW_REPEAT_##ROWS(TW_STEP) }
@@ -195,34 +209,50 @@ TW_DEFINE_TILE_OF_ROWS(f32, float)
 
 /* ---- softmax ---- */
 
-/* Turns `count` scores of one row, a multiple of 32, into exponentials 2^(scale * (score - maximum)) against the running
-   maximum and adds them to the running sum; with tw_words.h, they end as words in the row's first half. Returns the
-   factor for what the row has accumulated so far. A row that has met only -infinity keeps the sum 0. */
-static inline float tw_softmax_block(float *row, int64_t count, float scale, float *maximum, float *sum) {
-    tw_vec best = tw_load(row), other = tw_load(row + TW_LANES);
-    for (int64_t at = 2 * TW_LANES; at < count; at += 2 * TW_LANES) {
-        best = TW_MAX(best, tw_load(row + at));
-        other = TW_MAX(other, tw_load(row + at + TW_LANES));
+/* Turns the scores of a tile's rows into exponentials 2^(scale * (score - maximum)) against each row's running maximum
+   and adds them to its running sum; with tw_words.h, they end as words in the first half of the row. Rows are `pitch`
+   floats apart; used[r] scores of row r count, a multiple of 32, and where that is 0 the row stays as it is. factors[r]
+   is for what the row has accumulated so far. A row that has met only -infinity keeps the sum 0. */
+static inline void tw_softmax_tile(int64_t rows, float *scores, int64_t pitch, const int64_t *used, float scale,
+                                   float *maxima, float *sums, float *factors) {
+    float shifts[TW_MR];
+    for (int64_t r = 0; r < rows; r++) {
+        const float *const row = scores + r * pitch;
+        if (used[r] == 0) {
+            continue;
+        }
+        tw_vec best = tw_load(row), other = tw_load(row + TW_LANES);
+        for (int64_t at = 2 * TW_LANES; at < used[r]; at += 2 * TW_LANES) {
+            best = TW_MAX(best, tw_load(row + at));
+            other = TW_MAX(other, tw_load(row + at + TW_LANES));
+        }
+        const float before = maxima[r], block = tw_lanes_max(TW_MAX(best, other));
+        const float now = block > before ? block : before;
+        shifts[r] = now == -INFINITY ? 0.0f : now;
+        /* Nothing remains of powers that are too small for a float, which take long; a row's first block is such. */
+        const float step = (before - shifts[r]) * scale;
+        factors[r] = now == before ? 1.0f : step < -126.0f ? 0.0f : tw_exp2_f32(step);
+        maxima[r] = now;
     }
-    const float before = *maximum, block = tw_lanes_max(TW_MAX(best, other));
-    const float now = block > before ? block : before;
-    const float shift = now == -INFINITY ? 0.0f : now;
-    const float factor = now == before ? 1.0f : tw_exp2_f32((before - shift) * scale);
-    tw_vec total = {0}, rest = {0};
-    for (int64_t at = 0; at < count; at += 2 * TW_LANES) {
-        const tw_vec e = tw_exp2_nonpositive_vec((tw_load(row + at) - shift) * scale);
-        const tw_vec f = tw_exp2_nonpositive_vec((tw_load(row + at + TW_LANES) - shift) * scale);
-        total += e, rest += f;
+    for (int64_t r = 0; r < rows; r++) {
+        float *const row = scores + r * pitch;
+        if (used[r] == 0) {
+            continue;
+        }
+        tw_vec total = {0}, rest = {0};
+        for (int64_t at = 0; at < used[r]; at += 2 * TW_LANES) {
+            const tw_vec e = tw_exp2_nonpositive_vec((tw_load(row + at) - shifts[r]) * scale);
+            const tw_vec f = tw_exp2_nonpositive_vec((tw_load(row + at + TW_LANES) - shifts[r]) * scale);
+            total += e, rest += f;
 #ifdef TW_WORDS_H
-        tw_store_pair_bf16((uint16_t *)row + at, e, f);
+            tw_store_pair_bf16((uint16_t *)row + at, e, f);
 #else
-        tw_store(row + at, e);
-        tw_store(row + at + TW_LANES, f);
+            tw_store(row + at, e);
+            tw_store(row + at + TW_LANES, f);
 #endif
+        }
+        sums[r] = sums[r] * factors[r] + tw_lanes_sum(total + rest);
     }
-    *maximum = now;
-    *sum = *sum * factor + tw_lanes_sum(total + rest);
-    return factor;
 }
 
 #endif

@@ -158,7 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--target", default="", help="for Tilewright, such as cpu:x86-64-v3; measures no other system")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=570.0, help="time for this run; stages that do not fit wait")
-    parser.add_argument("--rounds", type=int, default=8, help="turns of every system; fewer where calls are long")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of every system; fewer where calls are long")
     parser.add_argument("--turn", type=float, default=0.3, help="seconds of a turn; one call at least")
     parser.add_argument("--starts", type=int, default=7, help="new processes per system; fewer where they are slow")
     parser.add_argument("--state", type=Path, default=Path("build/cpu-benchmark.json"), help="what was measured so far")
@@ -208,7 +208,10 @@ def main() -> int:
             state, work, options.threads, options.turn, options.rounds, options.starts, deadline, options.keep,
             options.target,
         )  # fmt: skip
-        good = measure(bench, planned, systems, batched) and not has_errors(state, planned)
+        try:
+            good = measure(bench, planned, systems, batched) and not has_errors(state, planned)
+        finally:
+            bench.close()
     record = write(state, planned, skipped, matmuls, options.output)
     text = report(state.machine, state.results, planned, skipped, matmuls)
     print(json.dumps(record, indent=1) if options.json else text)

@@ -1,12 +1,14 @@
 """The process of the CPU benchmark that builds: the reference of a case, or one system's artifact and its seconds.
 
-A request is ``{"what": "reference" or a system, "model", "batch", "precision", "threads", "folder", "target"}``. Every
-system starts from the same saved module with the same fixed shapes. Seconds count from the module in memory to what can
-be called, with empty caches; imports do not count.
+A request is ``{"what": "reference" or a system, "model", "batch", "precision", "threads", "folder", "target",
+"environment"}``; each is answered by a process of its own, forked where PyTorch is imported. Every system starts from
+the same saved module with the same fixed shapes. Seconds count from the module in memory to what can be called, with
+empty caches; imports do not count.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from tilewright import models
 
 from .cpu_systems import INPUTS, OUTPUTS, call_of, inductor, module_of, onnxruntime, openvino_options
 from .models import CASES, image, minilm, tokens
-from .process import serve
+from .process import forked, serve
 from .torch_module import Flat
 from .values import load_arrays, save_arrays
 
@@ -188,7 +190,8 @@ BUILDERS: dict[str, Callable[[Task], dict[str, Any]]] = {
 
 
 def handle(request: dict[str, Any]) -> dict[str, Any]:
-    """One request."""
+    """One request, in a process of its own."""
+    os.environ.update(request["environment"])
     folder = Path(request["folder"])
     torch.set_num_threads(request["threads"])
     if request["what"] == "reference":
@@ -197,4 +200,4 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve(handle)
+    serve(forked(handle))

@@ -28,8 +28,8 @@ USUAL_RATES = {"fp32": 150e9, "bf16": 220e9}
 CASE_SECONDS, FEWEST_ROUNDS = 45.0, 4
 """All turns of a case take about so long at most: where calls are long there are fewer rounds, but at least so many."""
 
-FEWEST_STARTS, STARTS_SECONDS = 2, 6.0
-"""A system is started at least so often, and no more once its starts took so long."""
+STARTS_SECONDS = 6.0
+"""A system is started no more once its starts took so long."""
 
 
 class Failed(Exception):
@@ -54,6 +54,7 @@ class Bench:
         deadline: when to stop, by the monotonic clock.
         keep: whether artifacts stay after their case.
         target: that Tilewright compiles for and the limits are measured with; empty for this machine's.
+        builder: the process that builds, once there is one.
     """
 
     state: State
@@ -65,6 +66,7 @@ class Bench:
     deadline: float
     keep: bool = False
     target: str = ""
+    builder: Process | None = None
 
     def run(self, case: Case, systems: Sequence[str]) -> None:
         """All stages of a case that are not in the state yet, with those of these systems that could be built.
@@ -134,13 +136,17 @@ class Bench:
         if what in SYSTEMS and not SYSTEMS[what].builds:
             return {}
         shutil.rmtree(folder / f"cache.{what}", ignore_errors=True)  # compile times are those of empty caches
-        process = Process("benchmarks.cpu_build", self.environment(folder, what))
+        if self.builder is None or self.builder.ended:
+            self.builder = Process("benchmarks.cpu_build", self.environment(folder, what))
         request = {"what": what, "model": case.model, "batch": case.batch, "precision": case.precision}
         request |= {"threads": self.threads, "folder": str(folder), "target": self.target}
-        try:
-            return process.ask(request, BUILD_LIMIT)
-        finally:
-            process.close()
+        answer = self.builder.ask(request | {"environment": self.environment(folder, what)}, BUILD_LIMIT)
+        return {"error": answer["failed"]} if "failed" in answer else answer
+
+    def close(self) -> None:
+        """End the process that builds."""
+        if self.builder is not None:
+            self.builder.close()
 
     def not_built(self, case: Case, system: str) -> dict[str, Any]:
         """A system's result where its build failed."""
@@ -206,14 +212,14 @@ class Bench:
         return {"systems": found, "limits": middle, **kernels}
 
     def start(self, case: Case, systems: Sequence[str], built: Sequence[str], folder: Path) -> dict[str, Any]:
-        """New processes up to their first output, in turns; the first of each, which fills the page cache, is left."""
+        """New processes up to their first output, in turns; the first, which fills the page cache, counts if alone."""
         runs: dict[str, list[tuple[float, int]]] = {name: [] for name in built}
         found = {name: self.not_built(case, name) for name in systems if name not in built}
         say(f"{case.name}: starting each {self.starts + 1} times")
         for _ in range(self.starts + 1):
             for name, record in runs.items():
                 spent = sum(seconds for seconds, _ in record)
-                if name in found or (len(record) > FEWEST_STARTS and spent > STARTS_SECONDS):
+                if name in found or spent > STARTS_SECONDS:
                     continue
                 result = self.start_one(case, name, folder)
                 if isinstance(result, str):
@@ -222,7 +228,7 @@ class Bench:
                     record.append(result)
         for name, record in runs.items():
             if name not in found:
-                seconds, peaks = zip(*record[1:], strict=True)
+                seconds, peaks = zip(*(record[1:] or record), strict=True)
                 low, high = min(seconds), max(seconds)
                 middle = statistics.median(seconds)
                 found[name] = {"seconds": middle, "low": low, "high": high, "peak_bytes": statistics.median(peaks)}

@@ -39,7 +39,8 @@ class System:
         label: in tables and the plot.
         modules: that have to be there, each from the package of the same name.
         builds: whether there is anything to build before it can be loaded.
-        batched: whether it takes part at larger batches, too, where not asked for by name.
+        batched: whether it takes part at larger batches, too, where not asked for by name; not those that take the
+            longest to compile, all over again for every batch.
     """
 
     name: str
@@ -54,8 +55,8 @@ SYSTEMS = {
     for system in (
         System("tilewright", "Tilewright", ()),
         System("eager", "PyTorch eager", ("torch",), builds=False),
-        System("inductor", "torch.compile", ("torch",)),
-        System("aotinductor", "AOTInductor", ("torch",), batched=False),  # its kernels are those of torch.compile
+        System("inductor", "torch.compile", ("torch",), batched=False),
+        System("aotinductor", "AOTInductor", ("torch",), batched=False),
         System("onnxruntime", "ONNX Runtime", ("onnxruntime", "onnxscript")),
         System("openvino", "OpenVINO", ("openvino",)),
     )

@@ -192,6 +192,24 @@ def test_a_process_loads_checks_takes_turns_and_profiles(benchmark, tmp_path):
     assert float(moment) > 0 and 5e6 < int(peak) < 500e6
 
 
+def test_builds_in_children_of_one_process(benchmark, tmp_path):
+    process = benchmark("process").Process("benchmarks.cpu_build")
+    request = {"threads": 1, "folder": str(tmp_path), "target": "cpu:x86-64-v3", "precision": "fp32", "batch": 3}
+    request |= {"model": "mlp", "environment": {"TILEWRIGHT_CACHE": "off"}}
+    try:
+        assert process.ask(request | {"what": "reference"}, 60)["flops"] > 0
+        assert "KeyError" in process.ask(request | {"what": "nothing"}, 60)["failed"] and not process.ended
+        built = process.ask(request | {"what": "tilewright"}, 60)
+        assert built["seconds"] > 0 and built["bytes"] > 1000
+    finally:
+        process.close()
+    (inputs,) = benchmark("values").load_arrays(tmp_path / "inputs.npy")
+    (outputs,) = benchmark("values").load_arrays(tmp_path / "outputs.npy")
+    with tilewright.load(tmp_path / "model.tw", threads=1) as model:
+        assert inputs.shape[0] == 3 and model.target == "cpu:x86-64-v3"
+        assert benchmark("values").deviation([outputs], [model(inputs)]) < 1e-4
+
+
 def test_limits_are_measured(benchmark, tmp_path):
     limits = benchmark("limits")
     found = limits.loops(limits.target_of(), tmp_path, reading=False)

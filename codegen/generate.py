@@ -7,13 +7,14 @@ that several want in the same form is stored once; a plan lists those that its o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..passes.graph.program import Program
 from ..runtime.plan import Constant, Plan
 from .artifact import ConstantData, TargetBinaries, layout_constants, weights_id
 from .c.backend import Weights, build
 from .c.toolchain import Compiler
+from .c.tuning import Tuned, Tuner
 from .c.winograd_selection import Decision, select_winograd
 from .cache import Cache
 from .lower import KernelSource, KernelTable, Lowered, lower
@@ -38,6 +39,7 @@ class Generated:
     devices: Mapping[str, DeviceCode]
     constants: tuple[ConstantData, ...]
     convolutions: tuple[Decision, ...] = ()
+    tuned: Mapping[str, Tuned] = field(default_factory=dict)
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -45,12 +47,15 @@ class Generated:
         return tuple(plan for code in self.devices.values() for plan in code.plans)
 
 
-def generate(programs: Mapping[str, Sequence[Program]], precision: str = "ieee") -> Generated:
+def generate(
+    programs: Mapping[str, Sequence[Program]], precision: str = "ieee", tuner: Tuner | None = None
+) -> Generated:
     """Lower entry points that share weights and kernels.
 
     Args:
         programs: after the passes, by kind of device (``"cpu"``, ``"cuda"``); regions of convolutions are annotated.
         precision: how GPU kernels multiply float32, ``"ieee"`` or ``"tf32"``.
+        tuner: measures CPU kernels; without it the model of the machine chooses.
 
     Raises:
         UnsupportedOperator: a node has no kernel.
@@ -63,7 +68,8 @@ def generate(programs: Mapping[str, Sequence[Program]], precision: str = "ieee")
     for device, entries in programs.items():
         kernels[device] = KernelTable()
         families = families_of(device)
-        lowered[device] = [lower(program, kernels[device], table, families, precision) for program in entries]
+        chooser = tuner if device == "cpu" else None
+        lowered[device] = [lower(program, kernels[device], table, families, precision, chooser) for program in entries]
     data = [ConstantData(item.key, item.dtype, item.shape, item.load) for item in table.constants]
     places = layout_constants(data)
     constants = [
@@ -74,7 +80,8 @@ def generate(programs: Mapping[str, Sequence[Program]], precision: str = "ieee")
         device: DeviceCode(device, _plans(entries, constants), tuple(kernels[device].kernels))
         for device, entries in lowered.items()
     }
-    return Generated(devices, tuple(data), tuple(decisions))
+    tuned = {kernels["cpu"].add(item.code): item for item in tuner.tuned} if tuner is not None else {}
+    return Generated(devices, tuple(data), tuple(decisions), tuned)
 
 
 def families_of(device: str) -> Mapping[str, Family]:

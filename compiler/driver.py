@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from ..codegen.artifact import check_output, plan_name, write_artifact
-from ..codegen.c.toolchain import find_compiler
+from ..codegen.c.toolchain import Compiler, find_compiler
+from ..codegen.c.tuning import Tuner, tuned_target
+from ..codegen.c.winograd_selection import show as show_decisions
 from ..codegen.cache import user_cache
 from ..codegen.generate import Generated, build_gpu_kernels, build_kernels, generate, triton_sources
 from ..codegen.memory import measure
@@ -25,6 +27,7 @@ from ..codegen.triton.pool import find_triton
 from ..passes.graph.program import Program
 from ..passes.manager import PassManager, PassRecord
 from ..passes.pipeline import pipeline
+from ..runtime.cpu import features
 from ..runtime.model import load
 from ..runtime.plan import Plan
 from .options import CompileOptions, Entry
@@ -81,6 +84,7 @@ def compile(  # noqa: A001 - the verb that users know
     stop_after: str | None = None,
     inputs: str | Path | None = None,
     ptx: bool = False,
+    tune: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a model into an artifact directory.
@@ -104,6 +108,8 @@ def compile(  # noqa: A001 - the verb that users know
         stop_after: name of the last pass to run; then no artifact is written.
         inputs: an ``.npz`` file with sample inputs by name.
         ptx: also store PTX, which GPUs newer than the targets compile when they load it.
+        tune: measure ways of computing CPU kernels on this machine, and keep the fastest. What comes out depends on the
+            machine; later compilations find the measurements in the kernel cache.
         progress: called with (phase, detail) as the work goes on.
 
     Raises:
@@ -118,6 +124,7 @@ def compile(  # noqa: A001 - the verb that users know
         disable_passes=frozenset(disable_passes),
         stop_after=stop_after,
         ptx=ptx,
+        tune=tune,
     )
     return Compilation(options, progress).run(source, args, kwargs, Path(output), dynamic_shapes, entries, inputs)
 
@@ -153,8 +160,10 @@ class Compilation:
             return Artifact(output, self.seconds, records)
         for device, rewritten in programs.items():
             require_supported(rewritten, device)
-        with self._phase("lower"):
-            generated = generate(programs, self.options.products)
+        with self._phase("tune" if self.options.tune else "lower") as detail:
+            generated = generate(programs, self.options.products, self._tuner(compiler, detail))
+        if self.options.dump_dir is not None and generated.convolutions:
+            (self.options.dump_dir / "convolutions.txt").write_text(show_decisions(generated.convolutions))
         binaries = []
         with self._phase("kernels") as detail:
             if compiler is not None:
@@ -177,7 +186,9 @@ class Compilation:
         entries: Mapping[str, Entry] | None = None, inputs: str | Path | None = None,
     ) -> list[Program]:  # fmt: skip
         """Stage one: the source as one program per entry point."""
-        _ = self.targets  # refuse unknown ones before the source is read
+        chosen = self.targets  # refuse unknown ones before the source is read
+        if self.options.tune:
+            tuned_target(chosen.cpu, features())
         self.options.check(device_kinds(self.options.target))
         with self._phase("capture"):
             programs = open_source(source, args, kwargs, shapes, entries, inputs)
@@ -214,6 +225,12 @@ class Compilation:
         if not found:
             generate(programs, self.options.products)
         return found
+
+    def _tuner(self, compiler: Compiler | None, detail: Callable[[str], None]) -> Tuner | None:
+        """Who measures kernels, where that was asked for."""
+        if not self.options.tune or compiler is None:
+            return None
+        return Tuner(tuned_target(self.targets.cpu, features()), compiler, user_cache(), detail)
 
     def _check(
         self, path: Path, references: Sequence[Program], lowered: Rewritten, errors: list[OutputError]

@@ -135,6 +135,15 @@ def select_winograd(programs: Sequence[Program]) -> list[Decision]:
     return sorted(decisions, key=lambda item: (names.index(item.entry), order[item.entry, item.node]))
 
 
+def show(decisions: Sequence[Decision]) -> str:
+    """Decisions as text, a line each."""
+    lines = []
+    for item in decisions:
+        how = f"winograd {item.choice.tile}x{item.choice.tile}" if item.choice else "direct"
+        lines.append(f"{item.entry}: {item.module or item.node}: {how}: {item.reason}")
+    return "".join(f"{line}\n" for line in lines)
+
+
 def _best(weights: Sequence[_Weight], room: float) -> list[tuple[_Weight, int]]:
     """The tiles that together save most cycles within ``room`` bytes: a knapsack, in steps of a part of the room."""
     saved = [0.0] * (_STEPS + 1)  # by the steps that are used at most

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from tilewright.codegen.c.winograd_selection import GROWTH, select_winograd
+from tilewright.codegen.c.winograd_selection import GROWTH, select_winograd, show
 from tilewright.codegen.generate import generate
 from tilewright.codegen.roles import fusion_roles
 from tilewright.compiler.capture import capture
@@ -52,6 +52,7 @@ def test_what_is_chosen_and_what_is_refused():
     assert found["stem"] == "it has a stride or a dilation, or is transposed"
     assert found["wide"] == "its windows are 5x5, not 3x3"
     assert found["grouped"] == "it has 32 groups"
+    assert show(decisions).splitlines()[1].startswith("main: first: winograd 4x4: tiles of 4x4: about 2.")
 
 
 def test_gives_room_to_what_saves_most_per_byte():

@@ -165,6 +165,11 @@ class Kernel:
         """``low <= index < high`` as a mask; ``None`` when it always holds."""
         if low == 0 and self.below(index, high):
             return None
+        if isinstance(low, int) and isinstance(high, int) and low % LANES == high % LANES == 0 != high:
+            # Whole blocks of channels, as where images are concatenated: the same for all lanes of a block.
+            block, lane = self.split(index, LANES)
+            if sizes.sub(expand(sizes.add(sizes.mul(block, LANES), lane)), index) == 0:
+                index, low, high = block, low // LANES, high // LANES
         return self.builder.inside(index, low, high, self.ranges)
 
     def _rejoin(self, offset: Size) -> Size:
@@ -245,7 +250,7 @@ def reshape(kernel: Kernel, value: Value, shape: Sequence[Size]) -> Value:
                 continue
             flat: Size = 0
             for position, extent in zip(index[new_from:new_to], new, strict=True):
-                flat = sizes.add(expand(sizes.mul(flat, extent)), position)
+                flat = sizes.add(expand(sizes.mul(flat, extent)), 0 if extent == 1 else position)
             positions: list[Size] = []
             for extent in reversed(old[1:]):
                 flat, inner = kernel.split(flat, extent)

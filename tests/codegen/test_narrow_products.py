@@ -83,8 +83,8 @@ def test_int8(target, compiled, assert_same):
         assert_same(model, module, (x.repeat(7, 1)[:rows],), 0)
 
 
-def sources(module, inputs, precision):
-    program = capture("main", module.eval(), inputs, {}, None)
+def sources(module, inputs, precision, shapes=None):
+    program = capture("main", module.eval(), inputs, {}, shapes)
     PassManager(pipeline(fusion_roles(), "cpu", precision)).run(program)
     return "\n".join(kernel.text for kernel in generate({"cpu": [program]}).devices["cpu"].kernels)
 
@@ -97,3 +97,10 @@ def test_kinds_of_products():
     even = sources(linear, (x,), "bf16")
     assert "tw_product_rows_bf16" in even and "tw_copy_bf16" not in even
     assert "tw_copy_bf16" in sources(nn.Sequential(linear, nn.Linear(7, 4)), (x,), "bf16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_of_two_varying_axes_are_read_in_place(precision):
+    shapes = ({0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("seq", max=64)},)
+    text = sources(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)), (values(2, 3, 16, seed=0),), precision, shapes)
+    assert "tw_product_rows" in text and "a_value" not in text

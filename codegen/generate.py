@@ -7,14 +7,14 @@ that several want in the same form is stored once; a plan lists those that its o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..passes.graph.program import Program
 from ..runtime.plan import Constant, Plan
 from .artifact import ConstantData, TargetBinaries, layout_constants, weights_id
 from .c.backend import Weights, build
 from .c.toolchain import Compiler
-from .c.tuning import Tuned, Tuner
+from .c.tuning import Tuner, Tunings
 from .c.winograd_selection import Decision, select_winograd
 from .cache import Cache
 from .lower import KernelSource, KernelTable, Lowered, lower
@@ -34,12 +34,15 @@ class DeviceCode:
 
 @dataclass(frozen=True)
 class Generated:
-    """What lowering gives: the code per kind of device, how to compute each constant, and how CPUs convolve."""
+    """What lowering gives: the code per kind of device, how to compute each constant, and how CPUs convolve.
+
+    ``tuned`` is what was measured of CPU kernels, if that was asked for.
+    """
 
     devices: Mapping[str, DeviceCode]
     constants: tuple[ConstantData, ...]
     convolutions: tuple[Decision, ...] = ()
-    tuned: Mapping[str, Tuned] = field(default_factory=dict)
+    tuned: Tunings | None = None
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -80,7 +83,7 @@ def generate(
         device: DeviceCode(device, _plans(entries, constants), tuple(kernels[device].kernels))
         for device, entries in lowered.items()
     }
-    tuned = {kernels["cpu"].add(item.code): item for item in tuner.tuned} if tuner is not None else {}
+    tuned = tuner.finish(kernels["cpu"].add) if tuner is not None else None
     return Generated(devices, tuple(data), tuple(decisions), tuned)
 
 

@@ -39,7 +39,7 @@ from .interpret import is_size
 from .kernel import NAME, KernelCode, elements
 from .memory import plan_memory
 from .provenance import origin_of
-from .regions import Family, Made, Task
+from .regions import Chooser, Family, Made, Task
 from .storage import ConstantTable, Recipe, Storage, is_constant, recipe_of
 from .symbols import PREFIX, SymbolTable
 from .values import dtype_name
@@ -135,6 +135,7 @@ def lower(
     constants: ConstantTable,
     families: Mapping[str, Family],
     precision: str = "ieee",
+    tuner: Chooser | None = None,
 ) -> Lowered:
     """Lower one entry point.
 
@@ -144,13 +145,14 @@ def lower(
         constants: where the constants go.
         families: the kernel families of the dialect to lower to, by the names that regions have.
         precision: :attr:`Task.precision` of every region.
+        tuner: chooses among the kernels that families offer; without it theirs are taken.
 
     Raises:
         UnsupportedOperator: nodes outside regions remain; lists all of them.
         CompileError: a size or a value cannot be expressed.
     """
     before = _assumptions(program)
-    lowered = _Lowering(program, kernels, constants, families, precision).run()
+    lowered = _Lowering(program, kernels, constants, families, precision, tuner).run()
     if len(_assumptions(program)) > len(before):
         raise CompileError(
             f"lowering {program.name} took a size that varies for a number: {_assumptions(program)[len(before)]}; "
@@ -176,8 +178,10 @@ class _Lowering:
         constants: ConstantTable,
         families: Mapping[str, Family],
         precision: str,
+        tuner: Chooser | None,
     ) -> None:
         self.program = program
+        self.tuner = tuner
         self.families = families
         self.precision = precision
         self.kernels = kernels
@@ -250,10 +254,14 @@ class _Lowering:
             name = user.name if user is not None else f"{node.name}_{position}"
             results.append(Storage("buffer", self.symbols.shape(value), dtype_name(value.dtype), layout, name))
         operands = [None if is_size(operand) else self._storage(operand) for operand in node.args]  # type: ignore[arg-type]
-        task = Task(node, nested, operands, results, self.symbols, self.constants, self.precision)
+        tuned_for = self.tuner.base if self.tuner else ""
+        task = Task(node, nested, operands, results, self.symbols, self.constants, self.precision, tuned_for)
         family = node.meta["region"].family
         try:
             made = self.families[family](task)
+            if self.tuner is not None:
+                values = {PREFIX + symbol.name: symbol.sample for symbol in self._symbols()}
+                made = [self.tuner.choose(item, values) for item in made]
         except (CompileError, UnsupportedOperator) as error:
             raise type(error)(f"{origin_of(node).source or node.name}: {error}") from error
         self.steps.append((family, made, origin_of(node), results))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import fx
 
@@ -142,6 +143,19 @@ class Frame:
 
 
 Family = Callable[[Task], Sequence[Made]]
+
+
+class Chooser(Protocol):
+    """Who chooses among the kernels that a family offers (``codegen/c/tuning.py``)."""
+
+    @property
+    def base(self) -> str:
+        """:attr:`Task.tuned_for`."""
+        ...
+
+    def choose(self, made: Made, values: Mapping[str, int]) -> Made:
+        """The kernel with one of its codes, given the symbols' values by their names in kernels."""
+        ...
 
 
 def region_of(task: Task, kernel: Kernel) -> Region:

@@ -287,13 +287,14 @@ class Compilation:
     def _info(
         self, source: Any, programs: Rewritten, generated: Generated, records: Mapping[str, list[PassRecord]]
     ) -> dict[str, Any]:
-        """What ``inspect`` shows beside the plan; nothing that differs between two machines or two runs."""
+        """What ``inspect`` shows beside the plan; but for ``--tune`` nothing that differs between machines or runs."""
         pairs = [
             (plan_name(plan.entry, device), plan, program)
             for device, code in generated.devices.items()
             for plan, program in zip(code.plans, programs[device], strict=True)
         ]
-        return {
+        tuned = {"tuned": generated.tuned.describe()} if generated.tuned is not None else {}
+        return tuned | {
             "source": _source_name(source),
             "torch": torch.__version__.split("+")[0],
             "precision": {"requested": self.options.precision, "applied": applied(programs, self.precision)},

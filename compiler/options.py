@@ -54,6 +54,7 @@ class CompileOptions:
         disable_passes: exact names of passes to leave out.
         stop_after: name of the last pass to run, or None.
         ptx: store PTX beside the kernels of the newest architecture, which newer GPUs compile when they load it.
+        tune: measure ways of computing CPU kernels on this machine, and keep the fastest.
     """
 
     target: tuple[str, ...] = ("cpu",)
@@ -64,6 +65,7 @@ class CompileOptions:
     disable_passes: frozenset[str] = field(default_factory=frozenset)
     stop_after: str | None = None
     ptx: bool = False
+    tune: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that no later stage could make sense of.

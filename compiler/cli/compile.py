@@ -39,6 +39,7 @@ Examples:
   tilewright compile path/to/minilm -o minilm.tw
   tilewright compile resnet50 -o resnet50.tw --target cpu:x86-64-v3,cpu:x86-64-v4
   tilewright compile vit_b16 -o vit.tw --target cuda:sm_90,cpu --precision bf16
+  tilewright compile path/to/minilm -o minilm.tw --tune
   tilewright compile net.onnx -o net.tw --shape "image=1,3,224,224" --inputs sample.npz
   tilewright compile file.py:build --check
   tilewright compile resnet50 -o r.tw --dump-dir passes --verify passes
@@ -62,6 +63,7 @@ compared with eager PyTorch at several sizes before the command succeeds (--veri
     help="What to compute in: auto, fp32 or bf16; on GPUs also tf32, fp16.",
 )  # fmt: skip
 @click.option("--ptx", is_flag=True, help="Also store PTX, which GPUs newer than the targets can compile.")
+@click.option("--tune", is_flag=True, help="Measure ways of computing CPU kernels on this machine; keep the fastest.")
 @click.option("--quantize", metavar="RECIPE", help="Quantize the weights by a recipe (none is supported yet).")
 @click.option("--dump-dir", metavar="D", help="Write the graphs before and after every pass, diffs and reasons.")
 @click.option(
@@ -81,6 +83,7 @@ def compile_source(
     inputs: str | None,
     precision: str,
     ptx: bool,
+    tune: bool,
     quantize: str | None,
     dump_dir: str | None,
     verify: str,
@@ -112,6 +115,7 @@ def compile_source(
             disable_passes=frozenset(disabled),
             stop_after=stop_after,
             ptx=ptx,
+            tune=tune,
         )
         dimensions = parse_options(shapes) or None
         compilation = Compilation(chosen, progress)
@@ -189,6 +193,8 @@ def _report(done: Artifact, chosen: Any, as_json: bool) -> None:
             "errors": [{**vars(item), "ok": item.ok} for item in done.errors],
             "passes": _passes(done.passes), "not_applied": differs,
         }  # fmt: skip
+        if "tuned" in info:
+            found["tuned"] = info["tuned"]
         emit_json(found)
         return
     targets = ", ".join(target.name for target in opened.manifest.targets)
@@ -202,6 +208,13 @@ def _report(done: Artifact, chosen: Any, as_json: bool) -> None:
             amounts = f"{show_bytes(case['peak'])} (all buffers {show_bytes(case['total'])}"
             click.echo(f"scratch of {name}, {at}: {amounts}, lower bound {show_bytes(case['bound'])})")
     _show_errors(done, chosen, info)
+    if "tuned" in info:
+        ways = [(item["chosen"], item["best"]) for item in info["tuned"]["measured"]]
+        faster = sum(chosen != best for chosen, best in ways)
+        click.echo(
+            f"measured {len(ways)} kernels on {info['tuned']['processor']}: for {faster} another way than the model's "
+            "was faster ('tilewright inspect DIR kernels')"
+        )
     for line in differs:
         click.echo(f"not as asked: {line}")
 

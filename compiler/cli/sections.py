@@ -14,7 +14,7 @@ from ...runtime.artifact import Artifact
 from ...runtime.errors import ArtifactError, UsageError
 from ...runtime.plan import Constant, Plan, Step, to_json
 from . import facts, gpu
-from .output import heading, show_bytes, show_sizes, table
+from .output import heading, show_bytes, show_seconds, show_sizes, table
 
 Values = Mapping[str, Mapping[str, int]]  # plan → symbol → value
 Show = Callable[[Artifact, Values, Values | None], None]
@@ -46,9 +46,12 @@ def describe(section: str, artifact: Artifact, values: Values, asked: Values | N
             entries[name] = _entry(plan)
     if section == "overview":
         return _overview(artifact) | {"entries": entries}
+    found: dict[str, Any] = {"entries": entries}
     if section == "kernels" and "cuda" in artifact.devices:
-        return {"entries": entries, "tiles": gpu.tiles_of(artifact)}
-    return {"entries": entries}
+        found["tiles"] = gpu.tiles_of(artifact)
+    if section == "kernels" and "tuned" in artifact.manifest.info:
+        found["tuned"] = artifact.manifest.info["tuned"]
+    return found
 
 
 def kernel_source(artifact: Artifact, name: str, target: str | None) -> dict[str, Any]:
@@ -230,9 +233,23 @@ def _show_kernels(artifact: Artifact, values: Values, asked: Values | None) -> N
             origin = (f"{use.modules[0]}{more}", use.sources[0] if use.sources else "")
             rows.append((use.kernel, use.family, len(use.steps), ", ".join(use.guards), *amounts, *origin))
         table(("kernel", "family", "steps", "when", "MFLOP", "bytes", "module", "source"), rows, "llrlrrll")
+    if "tuned" in artifact.manifest.info:
+        _show_tuned(artifact.manifest.info["tuned"])
     if any(name.endswith(".cuda") for name in values):
         _show_tiles(artifact)
     click.echo("'tilewright inspect DIR kernel NAME' shows a kernel's source")
+
+
+def _show_tuned(tuned: dict[str, Any]) -> None:
+    """What was measured while compiling."""
+    heading(f"Measured on {tuned['processor']} with {tuned['threads']} threads, for {tuned['target']}")
+    rows = []
+    for item in tuned["measured"]:
+        before, after = (item["nanoseconds"][item[way]] * 1e-9 for way in ("chosen", "best"))
+        gain = f"{before / after:.2f}" if after else ""
+        times = (item["chosen"], show_seconds(before), item["best"], show_seconds(after), gain)
+        rows.append((item["kernel"], show_sizes(item["values"]), len(item["nanoseconds"]), *times))
+    table(("kernel", "at", "ways", "chosen by the model", "time", "fastest", "time", "gain"), rows, "llrlrlrr")
 
 
 def _show_tiles(artifact: Artifact) -> None:

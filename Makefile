@@ -1,7 +1,8 @@
-# make demo    compile a real sentence encoder, run it without PyTorch, compare both
-# make test    lint, types and all tests
+# make demo      compile a real sentence encoder, run it without PyTorch, compare both
+# make test      lint, types and all tests
+# make sanitize  the kernel tests that are marked for it, with address and undefined-behaviour sanitizers
 #
-# Both set everything up in .venv first. Name the PyTorch to install with TORCH, for example
+# All set everything up in .venv first. Name the PyTorch to install with TORCH, for example
 # TORCH=torch==2.13.0; by default pip chooses the newest that is supported.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch>=2.11,<2.16
 WORKERS ?= 2
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tilewright demo
@@ -28,6 +29,12 @@ types: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# The sanitizer's library has to be there before Python allocates anything.
+sanitize: $(VENV)/.dev
+	library=$$(realpath -e "$$(gcc -print-file-name=libasan.so)") && \
+	env LD_PRELOAD="$$library" ASAN_OPTIONS=detect_leaks=0 TILEWRIGHT_TEST_SANITIZE=1 \
+	$(BIN)/python -m pytest -n $(WORKERS) -p no:cacheprovider -m sanitize tests/codegen
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import tilewright
 from tilewright.codegen import targets
 from tilewright.codegen.artifact import write_artifact
+from tilewright.codegen.c import toolchain
 from tilewright.codegen.c.toolchain import find_compiler
 from tilewright.codegen.cache import user_cache
 from tilewright.codegen.generate import Generated, build_kernels, generate, triton_sources
@@ -27,7 +29,42 @@ from tilewright.passes.pipeline import pipeline
 from tilewright.runtime import cpu
 from tilewright.runtime.model import Model
 
+SANITIZED = bool(os.environ.get("TILEWRIGHT_TEST_SANITIZE"))
+"""Whether this is ``make sanitize``: tests that are marked for it, with kernels that check addresses and arithmetic."""
+
 torch.set_num_threads(1)  # the workers share two cores
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under sanitizers keep what ``@pytest.mark.sanitize`` asks for.
+
+    All cases of a test, or with words those whose names hold one of them; of the targets the one with short vectors
+    (the others take four times as long to compile with checks) and of the compilers gcc.
+    """
+    if not SANITIZED:
+        return
+
+    def asked_for(item: pytest.Item) -> bool:
+        mark = item.get_closest_marker("sanitize")
+        if mark is None or not all(name in ("v3", "cpu:x86-64-v3", "gcc", None) for name in variant(item)):
+            return False
+        return not mark.args or any(word in item.name for word in mark.args)
+
+    def variant(item: pytest.Item) -> tuple[Any, Any]:
+        chosen = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        return chosen.get("target"), chosen.get("compiler")
+
+    config.hook.pytest_deselected(items=[item for item in items if not asked_for(item)])
+    items[:] = [item for item in items if asked_for(item)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sanitizers() -> None:
+    """Under sanitizers whole models are compiled with checks, too; their libraries need those of the compiler then."""
+    if SANITIZED:
+        os.environ["TILEWRIGHT_CC"] = "gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+        os.environ["TILEWRIGHT_CACHE"] = "off"
+        toolchain.check_portable = lambda library: None
 
 
 @pytest.fixture(scope="session")

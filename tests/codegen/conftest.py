@@ -9,8 +9,11 @@
         assert kernel([x, w, y], [m, n, k], 3, 7) == 0      # units [3, 7); returns the fault word
 
 Tests parametrize over ``target`` ("v3"; "v4base"; "v4" with VNNI and BF16) and ``compiler`` ("gcc", "zig"); a target
-that the processor cannot run skips the test. With TILEWRIGHT_TEST_SANITIZE=1 (and libasan preloaded) gcc builds carry
-address and undefined-behaviour sanitizers.
+that the processor cannot run skips the test. ``make sanitize`` (TILEWRIGHT_TEST_SANITIZE=1, libasan preloaded) builds
+with address and undefined-behaviour sanitizers and runs the tests that are marked for it::
+
+    @pytest.mark.sanitize                       # all its cases
+    @pytest.mark.sanitize("5x2", "groups")      # those whose names hold one of these
 """
 
 from __future__ import annotations

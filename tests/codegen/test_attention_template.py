@@ -141,6 +141,7 @@ def test_interleaved_heads(native, target, compiler, causal):
     check(attention(q, k, v), reference(q, k, v, causal=causal))
 
 
+@pytest.mark.sanitize("(1, 2, 2, 1, 5, 3, 130)")
 @BOTH
 @pytest.mark.parametrize("shape", [(2, 6, 2, 130, 300, 33, 17), (1, 2, 2, 1, 5, 3, 130)], ids=str)
 def test_gathered_rows(native, target, shape):
@@ -163,6 +164,7 @@ def test_heads_together(native, target, shape):
     check(masked, reference(q, k, v, torch.from_numpy(mask)))
 
 
+@pytest.mark.sanitize("33-17-causal")
 @WORDS
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("d, dv", [(64, 64), (33, 17)], ids=str)
@@ -202,6 +204,7 @@ def test_dynamic_sizes(native, target):
             check(got, reference(q, k, v, causal=causal) if sk else np.zeros(got.shape))
 
 
+@pytest.mark.sanitize("full")
 @BOTH
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_masks(native, target, causal):

@@ -160,6 +160,7 @@ BLOCKED = {
 }
 
 
+@pytest.mark.sanitize("5x2", "groups")
 @BOTH
 @pytest.mark.parametrize("key", BLOCKED)
 def test_blocked(native, new_array, key, target):
@@ -190,6 +191,7 @@ WORDS = {
 }
 
 
+@pytest.mark.sanitize("groups")
 @EVERY
 @pytest.mark.parametrize("key", WORDS)
 def test_blocked_bfloat16(native, new_array, key, target):
@@ -229,6 +231,7 @@ GATHERED = {
 }
 
 
+@pytest.mark.sanitize("dilation")
 @BOTH
 @pytest.mark.parametrize("key", GATHERED)
 def test_gathered(native, new_array, key, target):
@@ -260,6 +263,7 @@ SEGMENTS = {
 }
 
 
+@pytest.mark.sanitize("long window")
 @EVERY
 @pytest.mark.parametrize("key", SEGMENTS)
 def test_gathered_bfloat16(native, new_array, key, target):

@@ -73,6 +73,7 @@ def check(case, y, expected):
     assert error < 3e-7 * (1 + case[1][0] * case[1][1]) ** 0.5, error
 
 
+@pytest.mark.sanitize("5x5", "bf16")
 @pytest.mark.parametrize(
     ("key", "target", "compiler", "kind"),
     [(key, target, "gcc", "f32") for key in CASES for target in ("v3", "v4")]

@@ -58,6 +58,7 @@ def test_packed(native, new_array, n, k, target, compiler):
         assert np.isnan(y[m]).all(), "wrote beyond the last row"
 
 
+@pytest.mark.sanitize("1024-v3")
 @BOTH
 @pytest.mark.parametrize(("n", "k", "stride"), [(40, 5000, 5000), (64, 300, 1024), (64, 300, 1100), (20, 1024, 2048)])
 def test_deep_and_strided_rows(native, new_array, target, n, k, stride):
@@ -131,6 +132,7 @@ def test_static_sizes_and_batch(native, new_array, target):
     check(y, expected, k)
 
 
+@pytest.mark.sanitize("sizes1", "sizes4")
 @EVERY
 @pytest.mark.parametrize("sizes", [(2, 5, 3, 1), (3, 100, 70, 33), (1, 40, 33, 450), (2, 1, 64, 200), (4, 12, 1, 7)])
 def test_packs_both_operands(native, new_array, target, compiler, sizes):
@@ -166,6 +168,7 @@ def test_no_depth_gives_the_epilogue_of_zero(native, new_array, target):
     np.testing.assert_array_equal(y, np.broadcast_to(bias, (3, 40)))
 
 
+@pytest.mark.sanitize
 @BOTH
 def test_columns_beyond_n_are_not_stored(native, new_array, target):
     """The output's rows have other data after their N columns."""

@@ -52,6 +52,7 @@ def packed_kernel(native, kind, n, k, target, compiler="gcc", *, storage=None, s
     return native.build(source, "product", target, compiler)
 
 
+@pytest.mark.sanitize("33-170")
 @pytest.mark.parametrize(
     ("n", "k", "storage", "stride"),
     [(1, 1, "bfloat16", 1), (33, 170, "bfloat16", 170), (70, 171, "bfloat16", 173), (33, 171, "float32", 200)]
@@ -91,6 +92,7 @@ def test_float32_is_rounded_to_nearest_even(native, target, compiler):
         np.testing.assert_array_equal(y[5, 7], x.bfloat16().float()[5, 7].numpy())
 
 
+@pytest.mark.sanitize("33-1")
 @EVERY
 @pytest.mark.parametrize(("n", "k"), [(33, 1), (70, 331)])
 def test_packed_int8(native, target, compiler, n, k):
@@ -112,6 +114,7 @@ def test_int8_wraps_like_pytorch(native, target):
     np.testing.assert_array_equal(y, torch._int_mm(torch.from_numpy(x), torch.from_numpy(weight)).numpy() + 1)
 
 
+@pytest.mark.sanitize
 @EVERY
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_packs_both_operands(native, target, compiler, kind):

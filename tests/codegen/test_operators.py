@@ -128,6 +128,7 @@ CASES = {
 }
 
 
+@pytest.mark.sanitize("indexing")
 @pytest.mark.parametrize("target", ["cpu:x86-64-v3", "cpu:x86-64-v4"])
 @pytest.mark.parametrize("name", CASES)
 def test_at_several_sizes(name, target, compiled, assert_same):
@@ -173,6 +174,7 @@ def test_half_precision_inputs(compiled, assert_same):
     assert_same(compiled(Half(), (x, y), passes=False), Half(), (x, y), 1e-3)
 
 
+@pytest.mark.sanitize
 def test_an_index_outside_its_table_is_reported_and_the_model_stays_usable(compiled, assert_same):
     from tilewright.runtime.errors import InputError
 
@@ -201,6 +203,7 @@ def test_large_and_strided(compiled, assert_same):
     assert_same(compiled(Large(), (x,), passes=False), Large(), (x,))
 
 
+@pytest.mark.sanitize
 def test_one_element_and_zero_sizes(compiled, assert_same):
     class Small(nn.Module):
         def forward(self, x):

@@ -92,6 +92,7 @@ def check(case, tile, y, expected):
     assert np.isnan(rest).all()
 
 
+@pytest.mark.sanitize("wide padding-4")
 @BOTH
 @TILES
 @pytest.mark.parametrize("key", CASES)

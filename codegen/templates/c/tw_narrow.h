@@ -8,16 +8,19 @@
 #include <immintrin.h>
 #endif
 
-/* to[0..count) = from[0..count). AVX-512 BF16 takes subnormal numbers as zeros. */
+/* to[0..count) = from[0..count). AVX-512 BF16 takes subnormal numbers as zeros.
+ *
+ * Vectors of 8: compilers write `from` in such where bfloat16 is read beside, and what was written in two parts cannot be
+ * handed on to a load of both. */
 static inline void tw_store_bf16(uint16_t *restrict to, const float *restrict from, int64_t count) {
 #if defined(__AVX512BF16__)
     int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        _mm256_storeu_si256((__m256i *)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+    for (; i + 8 <= count; i += 8) {
+        _mm_storeu_si128((__m128i *)(to + i), (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(from + i)));
     }
     if (i < count) {
-        const __mmask16 mask = (__mmask16)((1u << (count - i)) - 1);
-        _mm256_mask_storeu_epi16(to + i, mask, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from + i)));
+        const __mmask8 mask = (__mmask8)((1u << (count - i)) - 1);
+        _mm_mask_storeu_epi16(to + i, mask, (__m128i)_mm256_cvtneps_pbh(_mm256_maskz_loadu_ps(mask, from + i)));
     }
 #else
 #pragma omp simd

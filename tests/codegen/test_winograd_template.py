@@ -77,18 +77,18 @@ def arguments(case, tile, batch, image, new_array, seed=0):
     return arrays, [batch, *image, *out], units, expected
 
 
-def check(case, tile, y, expected):
+def check(case, y, expected):
     """All channels right, and nothing written in the lanes beyond the last one.
 
-    Tiles of 2x2 add fewer terms than direct convolution, whose bound holds for them; those of 4x4 weigh them by up to
-    27/8 on the way back, and lose one bit more on random numbers.
+    The bound is that of direct convolution's test: tiles of 2x2 are more precise, those of 4x4 lose one bit, which sums
+    of random numbers leave unused.
     """
     n, blocks, h, w, _ = y.shape
     flat = y.transpose(0, 1, 4, 2, 3).reshape(n, blocks * 16, h, w)
     got, rest = flat[:, : case.outputs], flat[:, case.outputs :]
     assert not np.isnan(got).any()
     error = np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-3)
-    assert error < 3e-7 * (1 + (case.channels * 9) ** 0.5) * (2 if tile == 4 else 1), error
+    assert error < 3e-7 * (1 + (case.channels * 9) ** 0.5), error
     assert np.isnan(rest).all()
 
 
@@ -104,7 +104,7 @@ def test_against_torch(native, new_array, key, tile, target):
             continue
         arrays, sizes, units, expected = arguments(case, tile, batch, image, new_array)
         assert kernel(arrays, sizes, units) == 0
-        check(case, tile, arrays[2], expected)
+        check(case, arrays[2], expected)
 
 
 @pytest.mark.parametrize(("target", "tile"), [("v3", 4), ("v4", 2), ("v4", 4)])
@@ -114,7 +114,7 @@ def test_with_clang(native, new_array, tile, target):
     for batch, image in IMAGES:
         arrays, sizes, units, expected = arguments(case, tile, batch, image, new_array)
         kernel(arrays, sizes, units)
-        check(case, tile, arrays[2], expected)
+        check(case, arrays[2], expected)
 
 
 @BOTH

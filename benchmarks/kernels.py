@@ -1,6 +1,7 @@
 """Speed of the matrix, convolution and depthwise kernels, beside PyTorch and the processor's multiply-add limit.
 
     python -m benchmarks.kernels [--target cpu:x86-64-v3] [--only resnet] [--threads 1,2] [--seconds 0.5]
+    python -m benchmarks.kernels --json build/kernels.json    # for benchmarks.cpu --report --kernels build/kernels.json
 
 Every row is measured in turns with PyTorch, best of many; the limit is measured again beside every row, with as many
 threads. Weights stay in cache where they fit. Two threads each run half of the work units, without waiting in between.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import re
 import sys
 import tempfile
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 
 from tilewright.codegen.c import packing
+from tilewright.codegen.c.blocking import Problem, choose
 from tilewright.codegen.c.toolchain import find_compiler
 from tilewright.codegen.storage import to_numpy
 from tilewright.codegen.targets import parse
@@ -32,6 +35,9 @@ from .kernels_convolution import convolutions
 from .kernels_winograd import winograd_layers
 from .limits import build, loops, timed
 
+SPINNING = 0.01
+"""Seconds after which PyTorch's threads have stopped waiting in a loop, on a processor that others need."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,6 +45,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression on the names of layers")
     parser.add_argument("--threads", default="1,2", help="numbers of threads, separated by commas")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each layer and number of threads")
+    parser.add_argument("--json", type=Path, help="file for the rows as JSON, which benchmarks.cpu takes as --kernels")
     options = parser.parse_args()
     target, compiler = parse(options.target, features()), find_compiler()
     print(f"{target.name}, {compiler.version}, torch {torch.__version__}", file=sys.stderr)
@@ -46,6 +53,7 @@ def main() -> None:
     print(
         f"{'GFLOP/s (share of limit)':34}" + "".join(f"{f'{n} thread(s)':>16}{'torch':>8}{'limit':>7}" for n in counts)
     )
+    rows: list[dict[str, str | int | float]] = []
     with tempfile.TemporaryDirectory() as folder:
         limits = loops(target, Path(folder), reading=False)
         for case in layers():
@@ -61,10 +69,16 @@ def main() -> None:
                 while time.perf_counter() < deadline:
                     ours = max(ours, case.flops / run(kernel, case, count))
                     theirs = max(theirs, case.flops / run_torch(case, count))
+                    time.sleep(SPINNING)
                     # Units are shared out between threads, so that the rate of all of them comes out.
                     top = max(top, limit.rate(count))
+                row = {"name": case.name, "dtype": case.dtype, "threads": count, "share": ours / top}
+                rows.append(row | {"rate": ours, "torch_rate": theirs, "limit": top})
                 line += f"{ours / 1e9:10.1f} ({ours / top:4.0%}){theirs / 1e9:8.1f}{top / 1e9:7.0f}"
             print(line, flush=True)
+    if options.json:
+        versions = {"target": target.name, "compiler": compiler.version, "torch": torch.__version__}
+        options.json.write_text(json.dumps(versions | {"rows": rows}, indent=1) + "\n")
 
 
 def run(kernel: Callable[..., None], case: Case, threads: int) -> float:
@@ -114,14 +128,15 @@ def layers() -> Iterator[Case]:
 
 def linear(name: str, m: int, n: int, k: int) -> Case:
     x, weight = random(m, k), random(n, k)
+    chosen = choose(Problem(1, m, n, k))
     source = render(
         "matmul.c.jinja", name="kernel", prelude=POINTERS, BATCH=1, M=m, N=n, K=k,
-        a_direct=True, a_base="x", a_stride=k, b_packed=True, b_base="w",
+        a_direct=True, a_base="x", a_stride=k, b_packed=True, b_base="w", **chosen.context,
         epilogue=Hole(f"float *restrict to = y + m * {n};", "to[n] = acc;"),
     )  # fmt: skip
     tensors = torch.from_numpy(x), torch.from_numpy(weight)
     arrays = [x, packing.pack_matmul(weight.T), np.empty((m, n), np.float32)]
-    units = packing.matmul_units(1, m, n)
+    units = packing.matmul_units(1, m, n, chosen.block)
     return Case(name, 2 * m * n * k, source, arrays, int(units), lambda: torch.nn.functional.linear(*tensors))
 
 
@@ -129,10 +144,11 @@ def linear_bf16(name: str, m: int, n: int, k: int, left: str = "bfloat16") -> Ca
     x, weight = (torch.from_numpy(random(*shape)) for shape in ((m, k), (n, k)))
     narrow, narrow_weight = x.bfloat16(), weight.bfloat16()
     kind = "float" if left == "float32" else "uint16_t"
+    chosen = choose(Problem(1, m, n, -(-k // 2), "converted" if left == "float32" else "direct"))
     source = render(
         "matmul.c.jinja", name="kernel", kind="bfloat16", BATCH=1, M=m, N=n, K=k,
         prelude=f"const {kind} *restrict x = buf[0]; uint16_t *restrict w = buf[1], *restrict y = buf[2];",
-        a_direct=True, a_base="x", a_stride=k, a_storage=left, b_packed=True, b_base="w",
+        a_direct=True, a_base="x", a_stride=k, a_storage=left, b_packed=True, b_base="w", **chosen.context,
         epilogue=Hole(f"uint16_t *restrict to = y + m * {n};", "to[n] = tw_f32_to_bf16(acc);"),
     )  # fmt: skip
     arrays = [
@@ -140,7 +156,7 @@ def linear_bf16(name: str, m: int, n: int, k: int, left: str = "bfloat16") -> Ca
         packing.pack_words(to_numpy(narrow_weight.T)),
         np.empty((m, n), np.uint16),
     ]
-    units = packing.matmul_units(1, m, n)
+    units = packing.matmul_units(1, m, n, chosen.block)
     call = functools.partial(torch.nn.functional.linear, narrow, narrow_weight)
     return Case(name, 2 * m * n * k, source, arrays, int(units), call, "bfloat16")
 
@@ -148,14 +164,15 @@ def linear_bf16(name: str, m: int, n: int, k: int, left: str = "bfloat16") -> Ca
 def product_int8(name: str, m: int, n: int, k: int) -> Case:
     generator = np.random.default_rng(0)
     x, weight = (generator.integers(-128, 128, shape, np.int8) for shape in ((m, k), (k, n)))
+    chosen = choose(Problem(1, m, n, -(-k // 4), "converted"))
     source = render(
         "matmul.c.jinja", name="kernel", kind="int8", BATCH=1, M=m, N=n, K=k,
         prelude="const int8_t *restrict x = buf[0], *restrict w = buf[1]; int32_t *restrict y = buf[2];",
-        a_direct=True, a_base="x", a_stride=k, b_packed=True, b_base="w",
+        a_direct=True, a_base="x", a_stride=k, b_packed=True, b_base="w", **chosen.context,
         epilogue=Hole(f"int32_t *restrict to = y + m * {n};", "to[n] = acc;"),
     )  # fmt: skip
     arrays = [x, packing.pack_bytes(weight), np.empty((m, n), np.int32)]
-    units = packing.matmul_units(1, m, n)
+    units = packing.matmul_units(1, m, n, chosen.block)
     call = functools.partial(torch._int_mm, torch.from_numpy(x), torch.from_numpy(weight))
     return Case(name, 2 * m * n * k, source, arrays, int(units), call, "int8")
 

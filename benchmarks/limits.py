@@ -6,6 +6,7 @@ Loops in C that do nothing else, compiled for this machine's widest target, on a
 from __future__ import annotations
 
 import ctypes
+import os
 import tempfile
 import threading
 import time
@@ -124,14 +125,20 @@ def build(source: str, target: Target, folder: Path) -> Kernel:
 
 
 def timed(kernel: Kernel, arrays: Sequence[np.ndarray], units: int, threads: int, repeats: int = 1) -> float:
-    """Seconds for all units, shared out between threads, from the first thread's start to the last one's end."""
+    """Seconds for all units, shared out between threads, from the first thread's start to the last one's end.
+
+    Every thread has a processor of its own: new threads may share one for longer than this takes.
+    """
     buffers = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
     sizes, fault = (ctypes.c_int64 * 1)(0), ctypes.c_int32(0)
     cuts = [ctypes.c_int64(units * index // threads) for index in range(threads + 1)]
     starts, ends = [0.0] * threads, [0.0] * threads
     barrier = threading.Barrier(threads)
+    allowed = os.sched_getaffinity(0)
+    processors = sorted(allowed)
 
     def share(index: int) -> None:
+        os.sched_setaffinity(0, {processors[index % len(processors)]})  # of the calling thread
         barrier.wait()
         starts[index] = time.perf_counter()
         for _ in range(repeats):
@@ -141,7 +148,10 @@ def timed(kernel: Kernel, arrays: Sequence[np.ndarray], units: int, threads: int
     others = [threading.Thread(target=share, args=(index,)) for index in range(1, threads)]
     for other in others:
         other.start()
-    share(0)
+    try:
+        share(0)
+    finally:
+        os.sched_setaffinity(0, allowed)
     for other in others:
         other.join()
     return (max(ends) - min(starts)) / repeats

@@ -1,10 +1,12 @@
 """Turn transposed convolutions whose windows do not overlap into a pointwise convolution and a shuffle of pixels.
 
-Before:  conv_transpose(x, w, b)       w: [IC, OC, s, s], stride s, no padding, one group
-After:   pixel_shuffle(conv(x, w'), s) w': [OC*s*s, IC, 1, 1], w'[(o*s + i)*s + j, c] = w[c, o, i, j]
+Before:  conv_transpose(x, w, b)    w: [IC, OC, s, s], stride s, no padding, one group
+After:   pixel_shuffle(channel_shuffle(conv(x, w'), s*s), s)
+                                    w': [s*s*OC, IC, 1, 1], w'[(i*s + j)*OC + o, c] = w[c, o, i, j]
 
 Each input pixel makes its own s*s output pixels, so nothing is added up; the general form would multiply s*s - 1
-zeros for each pixel. The shuffle is a view: whoever reads the result reads it in place. Expects canonical form.
+zeros for each pixel. The shuffles are views: whoever reads the result reads it in place. All channels of an output
+pixel are made side by side, so that they are read as they lie where channels are innermost. Expects canonical form.
 Source: Shi et al., "Is the deconvolution layer the same as a convolutional layer?", arXiv:1609.07009.
 """
 
@@ -57,9 +59,9 @@ def _split(node: fx.Node) -> fx.Node:
     weight, bias, factor = given["weight"], given["bias"], given["stride"][0]
     inputs, outputs = (int(extent) for extent in tensor_shape(weight)[:2])
     emit = Emitter(node, node)
-    filters = emit.reshape(emit(aten.permute.default, weight, [1, 2, 3, 0]), [outputs * factor * factor, inputs, 1, 1])
+    filters = emit.reshape(emit(aten.permute.default, weight, [2, 3, 1, 0]), [factor * factor * outputs, inputs, 1, 1])
     if bias is not None:
-        spread = emit(aten.expand.default, emit.reshape(bias, [outputs, 1]), [outputs, factor * factor])
-        bias = emit.reshape(spread, [outputs * factor * factor])
+        spread = emit(aten.expand.default, emit.reshape(bias, [1, outputs]), [factor * factor, outputs])
+        bias = emit.reshape(spread, [factor * factor * outputs])
     wide = emit(aten.convolution.default, given["input"], filters, bias, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-    return emit(aten.pixel_shuffle.default, wide, factor)
+    return emit(aten.pixel_shuffle.default, emit(aten.channel_shuffle.default, wide, factor * factor), factor)

@@ -25,10 +25,12 @@ from ..kernel import KernelCode, Parameter
 from ..regions import Made, Output, Task, loop_region
 from ..values import LANES, Kernel
 from . import dialect
-from .emit import SIMD, Emitter, Lanes, Scope, count_loop, plan_row_cache
+from .emit import Emitter, Lanes, Scope, plan_row_cache
 from .frame import frame
+from .stores import Stored, store_elements
 
 CHUNK = 4096  # elements of the innermost axis in one unit of a kernel without reductions
+UNIT = 512  # elements of a unit for which more axes than the innermost are taken, where that is short
 LANE_CHUNK = 64  # lanes of one unit where reductions depend on a long innermost axis
 ROW_STACK = 96 * 1024  # bytes of the stack that kept rows may use
 
@@ -159,6 +161,11 @@ class _Space:
         """Where an element of a result is stored."""
         return self.kernel.offset(parameter.shape, parameter.layout, self.index) if parameter.shape else 0
 
+    def stores(self, outputs: Sequence[Output], roots: Sequence[Expr]) -> list[Stored]:
+        """The results with their expressions and where they are stored."""
+        pairs = zip(outputs, roots, strict=True)
+        return [(output, root, self.offset(output.parameter)) for output, root in pairs]
+
     def outer(self) -> list[Axis]:
         """All axes but the vector axis."""
         return self.axes[:-1]
@@ -222,19 +229,44 @@ def _pointwise(draft: _Draft) -> Body:
         axes = [*axes[:-1], Axis(chunk, sizes.ceildiv(vector.extent, CHUNK)), Axis(inner, CHUNK)]
     else:
         count = dialect.size(vector.extent if limit is None else limit)
-    emitter = _emitter(draft)
-    unit = Scope(emitter, None, [axis.variable for axis in axes[:-1]])
-    element = unit.child(axes[-1].variable)
-    for output, root, store in zip(outputs, roots, stores, strict=True):
-        element.store(output.parameter.name, store, root)
-    unit.close(element, count_loop(axes[-1].variable, count), simd=_simd(element))
-    lines = _unit_loop(axes[:-1], unit.lines)
-    return lines, sizes.product(axis.extent for axis in axes[:-1]), roots
+    nest = _Nest(_emitter(draft), axes, kernel)
+    store_elements(nest.inner, axes[-1], count, list(zip(outputs, roots, stores, strict=True)))
+    return nest.close(), nest.units, roots
 
 
-def _simd(scope: Scope) -> str:
-    """The vector pragma, unless the loop holds a run-time index check (a fault is an atomic store)."""
-    return "" if any("tw_index(" in line for line in scope.lines) else SIMD
+class _Nest:
+    """A unit's scope, with loops inside it over the axes that a unit takes besides the innermost one.
+
+    Blocks of 16 channels are too short for a unit: taking its number apart would cost more than its elements.
+    """
+
+    def __init__(self, emitter: Emitter, axes: Sequence[Axis], kernel: Kernel) -> None:
+        outer = list(axes[:-1])
+        elements = sizes.bounds(axes[-1].extent, kernel.ranges)[1]
+        self._loops: list[Axis] = []
+        while len(outer) > 1 and elements < UNIT:
+            self._loops.insert(0, outer.pop())
+            elements *= max(1, sizes.bounds(self._loops[0].extent, kernel.ranges)[1])
+        self._outer = outer
+        self._scopes = [Scope(emitter, None, [axis.variable for axis in outer])]
+        for axis in self._loops:
+            self._scopes.append(self._scopes[-1].child(axis.variable))
+
+    @property
+    def inner(self) -> Scope:
+        """The scope around the vector loop."""
+        return self._scopes[-1]
+
+    @property
+    def units(self) -> Size:
+        """The number of units."""
+        return sizes.product(axis.extent for axis in self._outer)
+
+    def close(self) -> list[str]:
+        """The loop over units, once the innermost scope is complete."""
+        for axis, scope, child in reversed(list(zip(self._loops, self._scopes[:-1], self._scopes[1:], strict=True))):
+            scope.loop(child, axis.variable, axis.extent)
+        return _unit_loop(self._outer, self._scopes[0].lines)
 
 
 def _kept_row(draft: _Draft) -> int:
@@ -258,11 +290,8 @@ def _rows(draft: _Draft, *, keep: int) -> Body:
         ]
     outer = space.outer()
     unit = Scope(emitter, None, [axis.variable for axis in outer])
-    element = unit.child(vector.variable)
-    for output, root in zip(outputs, roots, strict=True):
-        element.store(output.parameter.name, space.offset(output.parameter), root)
     count = dialect.size(space.lane_limit if space.lane_limit is not None else vector.extent)
-    unit.close(element, count_loop(vector.variable, count), simd=_simd(element))
+    store_elements(unit, vector, count, space.stores(outputs, roots))
     return _unit_loop(outer, unit.lines, declarations), sizes.product(axis.extent for axis in outer), roots
 
 
@@ -275,15 +304,10 @@ def _lanes(draft: _Draft) -> Body:
     if space.lane_limit is not None:
         lines = [f"const int64_t lanes = {dialect.size(space.lane_limit)};"]
         count = "lanes"
-    outer = space.outer()
-    emitter = _emitter(draft, Lanes(vector.variable, count, most))
-    unit = Scope(emitter, None, [axis.variable for axis in outer])
-    unit.lines.extend(lines)
-    element = unit.child(vector.variable)
-    for output, root in zip(outputs, roots, strict=True):
-        element.store(output.parameter.name, space.offset(output.parameter), root)
-    unit.close(element, count_loop(vector.variable, count), simd=_simd(element))
-    return _unit_loop(outer, unit.lines), sizes.product(axis.extent for axis in outer), roots
+    nest = _Nest(_emitter(draft, Lanes(vector.variable, count, most)), space.axes, kernel)
+    nest.inner.lines.extend(lines)
+    store_elements(nest.inner, vector, count, space.stores(outputs, roots))
+    return nest.close(), nest.units, roots
 
 
 def _each(draft: _Draft) -> Body:
@@ -291,8 +315,8 @@ def _each(draft: _Draft) -> Body:
     axes = space.axes
     emitter = _emitter(draft)
     unit = Scope(emitter, None, [axis.variable for axis in axes])
-    for output, root in zip(outputs, roots, strict=True):
-        unit.store(output.parameter.name, space.offset(output.parameter), root)
+    for output, root, store in space.stores(outputs, roots):
+        unit.store(output.parameter.name, store, root)
     return _unit_loop(axes, unit.lines), sizes.product(axis.extent for axis in axes), roots
 
 

@@ -216,10 +216,8 @@ def _cat(region: Region, node: fx.Node, tensors: Sequence[Value], dim: int = 0) 
             if result is None:
                 result = value
             else:
-                before_end = builder.call(
-                    "lt", "bool", builder.index(index[dim]), builder.index(sizes.add(start, part.shape[dim]))
-                )
-                result = builder.call("where", compute, before_end, value, result)
+                before_end = region.kernel.inside(index[dim], 0, sizes.add(start, part.shape[dim]))
+                result = value if before_end is None else builder.call("where", compute, before_end, value, result)
         assert result is not None
         return result
 
@@ -331,6 +329,16 @@ def _pixel_shuffle(region: Region, node: fx.Node, a: Value, factor: int) -> Valu
         column, inner_column = region.kernel.split(column, factor)
         source = sizes.add(sizes.mul(channel, factor * factor), sizes.mul(inner_row, factor), inner_column)
         return a.at((*lead, source, row, column), mask)
+
+    return Value(region.shape(node), a.dtype, at)
+
+
+@lowers(*overloads("channel_shuffle"), role="view")
+def _channel_shuffle(region: Region, node: fx.Node, a: Value, groups: int) -> Value:
+    def at(index: tuple[Size, ...], mask: Mask) -> Expr:
+        batch, channel, *rest = index
+        within, group = region.kernel.split(channel, groups)
+        return a.at((batch, sizes.add(sizes.mul(group, sizes.floordiv(a.shape[1], groups)), within), *rest), mask)
 
     return Value(region.shape(node), a.dtype, at)
 

@@ -99,7 +99,7 @@ class Windows(nn.Module):
             F.interpolate(x, size=(9, 20)), F.interpolate(x, scale_factor=2, mode="bilinear"), F.interpolate(x,
             size=(5, 31), mode="bilinear", align_corners=True), F.max_pool1d(x[:, :, 0], 3, 1, 1), F.avg_pool1d(x[:,
             :, 0], 3, 2), F.pixel_shuffle(x[:, :16], 2), F.interpolate(x[:, :, 0], scale_factor=2, mode="linear"),
-            F.adaptive_avg_pool1d(x[:, 0], 4),
+            F.adaptive_avg_pool1d(x[:, 0], 4), F.channel_shuffle(x[:, :16], 4),
         )  # fmt: skip
 
 

@@ -94,6 +94,13 @@ class Blocking:
         cuts = dict.fromkeys(f"{cut.group} x {cut.depth}" for cut in self.cuts)
         return f"{self.block} rows, {' or '.join(cuts)}"
 
+    @property
+    def context(self) -> dict[str, int]:
+        """The numbers by the names that ``matmul.c.jinja`` has for them."""
+        narrow, wide = self.cuts
+        found = {"block": self.block, "depth": narrow.depth, "group": narrow.group}
+        return found | {"wide_depth": wide.depth, "wide_group": wide.group}
+
 
 def choose(problem: Problem) -> Blocking:
     """The blocking that costs least by the model: its rows over all bases, its cuts for each."""

@@ -115,7 +115,6 @@ def _build(
     problem = Problem(product.batch, product.m, product.n, words, left, packed is not None)
 
     def code(blocking: Blocking) -> KernelCode:
-        narrow, wide = blocking.cuts
         code = work.code(
             "matmul.c.jinja",
             family="matmul",
@@ -126,12 +125,8 @@ def _build(
             M=c_size(product.m),
             N=c_size(product.n),
             K=c_size(product.k),
-            block=blocking.block,
-            depth=narrow.depth,
-            group=narrow.group,
-            wide_depth=wide.depth,
-            wide_group=wide.group,
             epilogue=epilogue,
+            **blocking.context,
             **context,
         )
         return replace(code, choice=blocking.name)

@@ -106,12 +106,10 @@ def test_every_blocking_gives_the_same_bits(native, target, kind, gathered):
         left = {"a_direct": True, "a_base": "x", "a_stride": stride}
     text = ""
     for number, chosen in enumerate(BLOCKINGS):
-        narrow, wide = chosen.cuts
         text += native.render(
             "matmul.c.jinja", name=f"product{number}", kind=kind, BATCH=1, M=M, N=N, K=K,
             prelude=f"const {item} *x = buf[0]; const {item} *w = buf[1]; {sums} *restrict y = buf[2];",
-            b_packed=True, b_base="w", block=chosen.block, depth=narrow.depth, group=narrow.group,
-            wide_depth=wide.depth, wide_group=wide.group, **left,
+            b_packed=True, b_base="w", **chosen.context, **left,
             epilogue=native.Hole(f"{sums} *restrict to = y + m * {N};", "to[n] = acc;"),
         )  # fmt: skip
     generator = np.random.default_rng(0)

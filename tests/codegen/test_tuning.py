@@ -1,4 +1,4 @@
-"""``compile --tune``: which kernel is kept given times, what is remembered, what is refused; and one real measurement."""
+"""``compile --tune``: which kernel is kept given times, what is remembered and refused; one real measurement."""
 
 import json
 import warnings

@@ -76,9 +76,7 @@ def test_constants_stay_within_the_bound(rows):
     made = programs(net, torch.randn(1, 3, 64, 64))
     generated = generate({"cpu": made})
     stored = sum(int(np.prod(item.shape)) * 4 for item in generated.constants)
-    panels = sum(
-        item.shape[0] * 4 * 31 for item in net.parameters() if item.dim() > 1
-    )  # filled up
+    panels = sum(item.shape[0] * 4 * 31 for item in net.parameters() if item.dim() > 1)  # filled up
     assert stored <= GROWTH * sum(item.numel() * 4 for item in net.parameters()) + panels
     keys = [item.key for item in generated.constants]
     assert len({key for key in keys if "first.weight" in key}) == 1  # in one form

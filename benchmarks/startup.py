@@ -4,12 +4,16 @@
 
 Each run is a process of its own. Times are read from the system's monotonic clock, which all processes share, so the
 interpreter's own start counts. Without --artifact, ResNet-50 is compiled first (not counted).
+
+Modules are compiled to bytecode before, as they are where a package is installed. numpy's BLAS, which no model uses,
+has one thread: more of them would spin for a while after numpy's import, on processors that the first call needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,7 +52,8 @@ def one_run(artifact: Path, threads: int) -> list[float]:
     """Seconds of every stage."""
     begin = time.monotonic()
     command = [sys.executable, "-c", CHILD, str(artifact), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     marks = [begin, *map(float, done.stdout.split())]
     return [after - before for before, after in zip(marks[:-1], marks[1:], strict=True)]
 

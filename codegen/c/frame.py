@@ -21,8 +21,10 @@ def prelude(parameters: Sequence[Parameter], symbols: Sequence[str]) -> list[str
 
 def frame(body: Sequence[str], parameters: Sequence[Parameter], symbols: Sequence[str]) -> str:
     """The whole source file of a kernel that needs no template."""
+    narrow = any(parameter.written and parameter.dtype == "bfloat16" for parameter in parameters)
     lines = [
         '#include "tw_math.h"',
+        *(['#include "tw_narrow.h"'] if narrow else []),
         "",
         f"void {NAME}(void *const *restrict buf, const int64_t *restrict dim, int64_t begin, int64_t end,",
         "    int32_t *restrict fault) {",

@@ -24,6 +24,7 @@ ROWS = 96
 
 _GATHER_SCRATCH = 20480
 _DEPTHWISE_SCRATCH = 1280
+_DEPTHWISE_LINES = 320
 _DEPTHWISE_ROWS = 8
 _DEPTHWISE_COLUMNS = 64
 
@@ -176,10 +177,9 @@ def depthwise_units(
 ) -> Size:
     """Work units of ``depthwise.c.jinja``: a band of a slice of columns of a block of channels each."""
     reach = _reach(kernel[1], dilation[1])
-    most_columns = min(_DEPTHWISE_COLUMNS, (_DEPTHWISE_SCRATCH // kernel[0] - reach) // stride[1] + 1)
-    slices, width = _slices(ow, most_columns, stride[1], reach)
-    fitting = floordiv(_DEPTHWISE_SCRATCH, width)
-    most_rows = minimum(_DEPTHWISE_ROWS, _rows_in(fitting, kernel[0], stride[0])) if dilation[0] == 1 else 1
+    fitting = (_DEPTHWISE_LINES // kernel[0] - reach) // stride[1] + 1
+    slices, _ = _slices(ow, max(1, min(_DEPTHWISE_COLUMNS, fitting)), stride[1], reach)
+    most_rows = _DEPTHWISE_ROWS if dilation[0] == 1 else 1
     return mul(batch, -(-channels // CHANNELS), ceildiv(oh, most_rows), slices) if ow != 0 else 0
 
 
@@ -193,8 +193,3 @@ def _slices(ow: Size, most: int, stride: int, reach: int) -> tuple[Size, Size]:
     slices = maximum(1, ceildiv(ow, most))
     columns = maximum(1, ceildiv(ow, slices))
     return slices, add(mul(columns, stride), reach - stride)
-
-
-def _rows_in(lines: Size, taps: int, stride: int) -> Size:
-    """Output rows whose windows fit into that many input rows."""
-    return add(floordiv(add(lines, -taps), stride), 1)

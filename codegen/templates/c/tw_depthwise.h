@@ -16,8 +16,8 @@ static inline void tw_read_bf16(float *restrict to, const uint16_t *restrict fro
     }
 }
 
-/* sums[r][16] = sum over i < kh, j < kw of a[i*row_step + j*tap_step + r*pixel_step] * weights[i*kw + j]; every term is
- * a vector of 16. */
+/* sums[r][16] = sum over i < kh, j < kw of rows[i][at + j*tap_step + r*pixel_step] * weights[i*kw + j]; every term is a
+ * vector of 16. */
 #if TW_LANES == 16
 #define TW_DEPTH_ZERO(r) tw_vec x##r = {0};
 #define TW_DEPTH_STEP(r) x##r += tw_load(tap + r * pixel_step) * w0;
@@ -29,11 +29,11 @@ static inline void tw_read_bf16(float *restrict to, const uint16_t *restrict fro
 #endif
 #define TW_DEFINE_DEPTHWISE(PIXELS) \
     static __attribute__((unused, noinline)) void tw_depthwise_##PIXELS( \
-        const float *a, int64_t pixel_step, int64_t kh, int64_t row_step, int64_t kw, int64_t tap_step, \
+        const float *const *rows, int64_t at, int64_t pixel_step, int64_t kh, int64_t kw, int64_t tap_step, \
         const float *weights, float *sums) { \
         TW_REPEAT_##PIXELS(TW_DEPTH_ZERO) \
-        for (int64_t i = 0; i < kh; i++, a += row_step) { \
-            const float *tap = a; \
+        for (int64_t i = 0; i < kh; i++) { \
+            const float *tap = rows[i] + at; \
             for (int64_t j = 0; j < kw; j++, tap += tap_step, weights += 16) { \
                 const tw_vec w0 = tw_load(weights), w1 = tw_load(weights + 16 - TW_LANES); \
                 (void)w1; \
@@ -45,9 +45,9 @@ static inline void tw_read_bf16(float *restrict to, const uint16_t *restrict fro
 TW_FOR_EACH_ROWS(TW_DEFINE_DEPTHWISE)
 
 static inline void tw_depthwise(
-    int64_t pixels, const float *a, int64_t pixel_step, int64_t kh, int64_t row_step, int64_t kw, int64_t tap_step,
-    const float *weights, float *sums) {
-    TW_SWITCH_ROWS(tw_depthwise_, pixels, a, pixel_step, kh, row_step, kw, tap_step, weights, sums)
+    int64_t pixels, const float *const *rows, int64_t at, int64_t pixel_step, int64_t kh, int64_t kw,
+    int64_t tap_step, const float *weights, float *sums) {
+    TW_SWITCH_ROWS(tw_depthwise_, pixels, rows, at, pixel_step, kh, kw, tap_step, weights, sums)
 }
 
 #endif

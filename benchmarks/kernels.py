@@ -128,7 +128,7 @@ def layers() -> Iterator[Case]:
 
 def linear(name: str, m: int, n: int, k: int) -> Case:
     x, weight = random(m, k), random(n, k)
-    chosen = choose(Problem(1, m, n, k))
+    chosen = choose(Problem(1, m, n, k, apart=k))
     source = render(
         "matmul.c.jinja", name="kernel", prelude=POINTERS, BATCH=1, M=m, N=n, K=k,
         a_direct=True, a_base="x", a_stride=k, b_packed=True, b_base="w", **chosen.context,
@@ -144,7 +144,7 @@ def linear_bf16(name: str, m: int, n: int, k: int, left: str = "bfloat16") -> Ca
     x, weight = (torch.from_numpy(random(*shape)) for shape in ((m, k), (n, k)))
     narrow, narrow_weight = x.bfloat16(), weight.bfloat16()
     kind = "float" if left == "float32" else "uint16_t"
-    chosen = choose(Problem(1, m, n, -(-k // 2), "converted" if left == "float32" else "direct"))
+    chosen = choose(Problem(1, m, n, -(-k // 2), "converted" if left == "float32" else "direct", apart=k // 2))
     source = render(
         "matmul.c.jinja", name="kernel", kind="bfloat16", BATCH=1, M=m, N=n, K=k,
         prelude=f"const {kind} *restrict x = buf[0]; uint16_t *restrict w = buf[1], *restrict y = buf[2];",

@@ -12,7 +12,9 @@ columns at once on AVX2) runs down ``depth`` words of k. What the three numbers 
   time is best: what is stored is then little enough to drain while the next tile is multiplied.
 
 Rows that lie a multiple of 4 KB apart are not packed, although the 12 lines of a tile then share a set of the
-first-level cache: the template takes 8 rows at a time, which fit it and reach the same rate.
+first-level cache: the template takes 8 rows at a time, which fit it and reach the same rate. AVX2 goes down a chunk
+twice, once for each half of the panel's columns, and there such rows evict what the second time should find: the chunk
+then has to fit the first-level cache.
 
 The unit formula (``packing.matmul_units``) and so the plan knows only ``block``, which is the same for all targets.
 Depth and group differ by base where that pays, by ``#if`` in the one source. No choice changes a bit of the result:
@@ -50,6 +52,7 @@ _UNIT = 200.0  # cycles to find the place of a unit, and to begin with it
 _TILE = 40.0  # cycles to enter and leave a register tile
 _LEFT = {"direct": 0.0, "copied": 0.5, "converted": 1.0, "gathered": 2.0}  # cycles to pack a word of the left operand
 _RIGHT = 2.0  # cycles to pack a word of the right operand
+_EVICTED = 0.15  # cycles for reading a half of a panel again from the second-level cache where rows share a set
 _EXPOSED = 0.25  # share of the time for reading from the third-level cache that prefetching does not hide
 
 
@@ -63,6 +66,7 @@ class Problem:
         left: the left operand's rows are multiplied where they lie (``"direct"``), or packed: copied, converted or
             gathered through an index function.
         packed: whether the right operand is packed when the artifact is written.
+        apart: words between rows that are multiplied where they lie; 0 where that is not known.
     """
 
     batch: Size
@@ -71,6 +75,12 @@ class Problem:
     words: Size
     left: str = "direct"
     packed: bool = True
+    apart: Size = 0
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the rows of a tile share a set of the first-level cache: a multiple of 4 KB apart."""
+        return self.left == "direct" and isinstance(self.apart, int) and self.apart > 0 and self.apart % 1024 == 0
 
 
 @dataclass(frozen=True)
@@ -182,6 +192,7 @@ def overhead(problem: Problem, machine: Machine, block: int, cut: Cut) -> float:
         + (0.0 if problem.packed else _RIGHT * PANEL / rows)
         + _registers(machine, tile, depth, words)
         + _traffic(machine, tile, packed_rows, depth, group)
+        + (_EVICTED if problem.crowded and 2 * machine.lanes < PANEL and 4 * PANEL * depth > machine.l1 else 0.0)
     )
 
 

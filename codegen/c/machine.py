@@ -28,6 +28,7 @@ class Machine:
             one for the left.
         ports: multiply-adds of whole vectors per cycle.
         loads: vectors that are loaded per cycle.
+        l1: bytes of the first-level data cache.
         l2: bytes of the second-level cache, which one core has for itself.
         l3_rate: bytes per cycle that a core reads from what comes after it.
     """
@@ -37,6 +38,7 @@ class Machine:
     rows: int
     ports: int
     loads: int
+    l1: int
     l2: int
     l3_rate: float
 
@@ -44,8 +46,8 @@ class Machine:
 # Caches: Haswell to Skylake clients for the first; Skylake servers and Zen 4 for the second, where a vector of 512 bits
 # takes both halves of the multiply-add unit on Zen 4 and on client processors.
 _NUMBERS = {
-    "x86-64-v3": Machine("x86-64-v3", 8, 6, 2, 2, 256 << 10, 8),
-    "x86-64-v4": Machine("x86-64-v4", 16, 12, 1, 1, 1 << 20, 8),
+    "x86-64-v3": Machine("x86-64-v3", 8, 6, 2, 2, 32 << 10, 256 << 10, 8),
+    "x86-64-v4": Machine("x86-64-v4", 16, 12, 1, 1, 32 << 10, 1 << 20, 8),
 }
 
 MACHINES = tuple(_NUMBERS[base.name] for base in BASES)

@@ -112,7 +112,9 @@ def _build(
         context["pack_b"] = work.read(product.right(), ("b", "k", "n"), ("b", "k"), "n", "b_value", value)
     epilogue = work.epilogue(product.index, ("b", "m"), "n", product.added, total)
     words = sizes.ceildiv(product.k, _PER_WORD[kind])
-    problem = Problem(product.batch, product.m, product.n, words, left, packed is not None)
+    stride = context.get("a_stride")
+    apart = stride // _PER_WORD[kind] if isinstance(stride, int) else 0
+    problem = Problem(product.batch, product.m, product.n, words, left, packed is not None, apart)
 
     def code(blocking: Blocking) -> KernelCode:
         code = work.code(

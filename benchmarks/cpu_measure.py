@@ -28,7 +28,7 @@ USUAL_RATES = {"fp32": 150e9, "bf16": 220e9}
 CASE_SECONDS, FEWEST_ROUNDS = 45.0, 4
 """All turns of a case take about so long at most: where calls are long there are fewer rounds, but at least so many."""
 
-STARTS_SECONDS = 6.0
+STARTS_SECONDS = 5.0
 """A system is started no more once its starts took so long."""
 
 

@@ -357,3 +357,21 @@ def test_plot(benchmark, tmp_path):
     assert plotting.plot(RESULTS, planned, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert not plotting.plot({}, planned, tmp_path / "none.png")
+
+
+def test_the_readme_shows_the_newest_record(benchmark):
+    writing = benchmark("cpu_readme")
+    goals = [{"reached": True}, {"reached": False}]
+    record = {"date": "2026-11-21", "machine": MACHINE, "goals": goals, "results": RESULTS}
+    text = writing.section(record, "benchmarks/results/x.json")
+    assert "| resnet50 | fp32 | 50 | 40 (ONNX Runtime) | 0.80 | 0.20 | 150 |" in text
+    assert "| gpt2 | fp32 | 100 | 130 (OpenVINO) | 1.30 |" in text and "(benchmarks/results/x.png)" in text
+    assert "Of 2 goals 1 are reached." in text
+    readme = (ROOT / "README.md").read_text()
+    again = writing.replaced(readme, text)
+    assert text in again and writing.replaced(again, text) == again and again.endswith(readme[-500:])
+    with pytest.raises(ValueError, match="README"):
+        writing.replaced("nothing", text)
+    if (path := writing.newest()) is not None:  # what is shown is what was measured
+        shown = writing.section(json.loads(path.read_text()), path.relative_to(ROOT).as_posix())
+        assert writing.replaced(readme, shown) == readme

@@ -1,0 +1,102 @@
+"""The README's table and plot of speed, from a record of the CPU benchmark.
+
+    python -m benchmarks.cpu_readme                                        # the newest record in benchmarks/results
+    python -m benchmarks.cpu_readme benchmarks/results/2026-11-21-cpu-systems.json
+
+Rewrites what lies between two comments in README.md; run it after every run that is to be shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .cpu_ratios import OURS, fastest_peer, timed_systems
+from .cpu_units import MODELS, PRECISIONS, SYSTEMS, Case, cases
+from .state import describe
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN = "<!-- written by python -m benchmarks.cpu_readme -->"
+END = "<!-- up to here -->"
+
+
+def newest() -> Path | None:
+    """The newest record of all systems."""
+    found = sorted(RESULTS.glob("????-??-??-cpu-systems.json"))
+    return found[-1] if found else None
+
+
+def section(record: Mapping[str, Any], path: str) -> str:
+    """Table, plot and goals as Markdown.
+
+    Args:
+        record: what benchmarks.cpu wrote.
+        path: of the record, as the README links it.
+    """
+    results = record["results"]
+    planned = [case for case in cases(list(MODELS), list(PRECISIONS)) if OURS in timed_systems(results, case)]
+    parts = []
+    for title, latency in (("One request at a time", True), ("Batches of 8", False)):
+        if chosen := [case for case in planned if case.latency == latency]:
+            parts.append("\n".join(_table(results, chosen, title)))
+    parts.append(f"![Every system's speed as a share of the processor's limit]({Path(path).with_suffix('.png')})")
+    missed = [goal for goal in record["goals"] if not goal["reached"]]
+    parts.append(
+        f"{describe(record['machine'])}: medians of interleaved runs on {record['date']} ([the record]({path})). "
+        f"Of {len(record['goals'])} goals {len(record['goals']) - len(missed)} are reached."
+    )
+    return "\n\n".join(parts)
+
+
+def _table(results: Mapping[str, Any], chosen: Sequence[Case], title: str) -> Iterator[str]:
+    latency = chosen[0].latency
+    heads = [title, "precision", "Tilewright, ms", "fastest other, ms", "times faster"]
+    heads += ["start-up, s", "memory, MiB"] if latency else []
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{' --- |' * len(heads)}"
+    for case in chosen:
+        systems, peer = timed_systems(results, case), fastest_peer(results, case)
+        several = f", {case.batch} at once" if latency and case.batch > 1 else ""
+        cells = [f"{case.model}{several}", case.precision, f"{systems[OURS]['ms']:.3g}"]
+        cells.append(f"{systems[peer[0]]['ms']:.3g} ({SYSTEMS[peer[0]].label})" if peer else "-")
+        cells.append(f"{peer[1]:.2f}" if peer else "-")
+        if latency:
+            start = results.get(f"start/{case.name}", {"systems": {}})["systems"].get(OURS, {})
+            cells.append(f"{start['seconds']:.2f}" if "seconds" in start else "-")
+            cells.append(f"{start['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in start else "-")
+        yield f"| {' | '.join(cells)} |"
+
+
+def replaced(readme: str, text: str) -> str:
+    """The README with another text between the comments.
+
+    Raises:
+        ValueError: it does not have them, in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the README has no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path, nargs="?", default=newest(), help="JSON that benchmarks.cpu wrote")
+    options = parser.parse_args()
+    if options.record is None:
+        print("there is no record: run python -m benchmarks.cpu first", file=sys.stderr)
+        return 2
+    readme = ROOT / "README.md"
+    path = options.record.resolve().relative_to(ROOT).as_posix()
+    readme.write_text(replaced(readme.read_text(), section(json.loads(options.record.read_text()), path)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -30,7 +30,8 @@ _ROLES = {
     "window": ("Windows", "Pooling: overlapping neighbourhoods."),
     "matmul": (
         "Matrix products",
-        "A register-blocked kernel in float32, in bfloat16 (summed in float32), and of int8 (`_int_mm`, summed in int32); "
+        "A register-blocked kernel in float32, in bfloat16 (summed in float32), and of int8 (`_int_mm`, summed in "
+        "int32); "
         "float64 and other integers are computed as plain reductions.",
     ),
     "convolution": (

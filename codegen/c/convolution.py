@@ -69,7 +69,7 @@ def _packing_blocked(g: Geometry, dtype: str) -> Packing:
 def _packing_gathered(g: Geometry, dtype: str) -> Packing:
     outer, width = (g.groups, -(-(g.outputs // g.groups) // packing.PANEL)), g.kernel[1]
     segments = g.depth // width
-    shape = (*outer, g.depth, packing.PANEL)
+    shape: tuple[int, ...] = (*outer, g.depth, packing.PANEL)
     if dtype != "float32":
         shape = (*outer, -(-segments // 2) * width, packing.PANEL, 2)
     name = f"gathered{g.groups}" + ("t" if g.turned else "")

@@ -7,15 +7,13 @@ of a model are smaller than that.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Any
 
 try:
-    from _sha2 import sha256 as _own  # Python 3.12 and newer
-except ImportError:
-    try:
-        from _sha256 import sha256 as _own
-    except ImportError:  # an interpreter built without it
-        from hashlib import sha256 as _own
+    _own: Any = import_module("_sha2" if sys.version_info >= (3, 12) else "_sha256").sha256
+except ImportError:  # an interpreter built without it
+    from hashlib import sha256 as _own
 
 _MUCH = 1 << 20
 

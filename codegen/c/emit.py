@@ -18,12 +18,14 @@ from dataclasses import dataclass, field, replace
 
 from ...runtime import sizes
 from ...runtime.sizes import Size
-from ..expr import Builder, Call, Const, Dynamic, Expr, Index, Load, Reduce, Scalar, children, walk
+from ..expr import Builder, Call, Const, Dynamic, Expr, Index, Load, Reduce, Scalar, children, coefficient, walk
 from . import dialect
 
 SIMD = "#pragma omp simd"
 LONG_SUM = 1 << 15  # terms from which a sum is taken in parts
 PART = 1 << 12
+STREAMED = 64  # terms from which a sum is taken as several side by side
+STREAM_LINES = 12  # statements of a loop up to which its sum is what takes the time
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Emitter:
         self.dtypes = dtypes  # storage dtype of each buffer parameter
         self.lanes = lanes
         self.cache: RowCache | None = None
+        self.streams = False  # whether the source includes tw_sums.h
         self._count = 0
 
     def most(self, expr: Reduce) -> int:
@@ -214,12 +217,51 @@ class Scope:
             return reduction.result
         scopes = self._nest(expr)
         inner = scopes[-1]
-        inner.lines.extend(reduction.update(inner.value(expr.body), _position(expr)))
+        value = inner.value(expr.body)
+        if self._takes_streams(expr, inner):
+            self._sum_in_streams(expr, inner, value, reduction.result)
+            return reduction.result
+        inner.lines.extend(reduction.update(value, _position(expr)))
         # A vector loop must be innermost in the text, so a body that opened loops of its own stays scalar.
         innermost = not any(line.lstrip().startswith("for ") for line in inner.lines)
         simd = f"{SIMD} {reduction.clause}" if reduction.clause and innermost else ""
         self._close_nest(expr, scopes, simd)
         return reduction.result
+
+    def _takes_streams(self, expr: Reduce, inner: Scope) -> bool:
+        """Whether a sum is long, and so cheap that each addition would wait for the one before it."""
+        extent = expr.loops[-1][1]
+        long = not isinstance(extent, int) or extent >= STREAMED
+        plain = len(inner.lines) <= STREAM_LINES and not any("{" in line for line in inner.lines)
+        single = expr.op == "sum" and expr.dtype == "float32" and len(expr.loops) == 1
+        return self.emitter.streams and single and long and plain
+
+    def _sum_in_streams(self, expr: Reduce, inner: Scope, value: str, total: str) -> None:
+        """A sum as several vectors side by side (``tw_sums.h``), of the elements of a row or of terms in pieces."""
+        variable, extent = expr.loops[-1][0], dialect.size(expr.loops[-1][1])
+        sums, start, term, body = f"{total}_sums", f"{total}_start", f"{total}_term", expr.body
+        self.lines.append(f"tw_sums {sums} = {{{{{{0}}}}}};")
+        if isinstance(body, Load) and self._is_row(body, variable):
+            place = self.size(sizes.substitute(body.offset, {variable: 0}))
+            self.lines.append(f"tw_add_row(&{sums}, {body.buffer} + {place}, {extent});")
+        else:
+            lines = [f"const int64_t {variable} = {start} + {term};", *inner.lines, f"{total}_terms[{term}] = {value};"]
+            inner.lines = [
+                f"const int64_t {total}_count = tw_min_i64(TW_TERMS, {extent} - {start});",
+                f"float {total}_terms[TW_TERMS] TW_ALIGNED;",
+                SIMD,
+                f"{count_loop(term, f'{total}_count')} {{",
+                *(f"    {line}" for line in lines),
+                "}",
+                f"tw_add_row(&{sums}, {total}_terms, {total}_count);",
+            ]
+            self.close(inner, f"for (int64_t {start} = 0; {start} < {extent}; {start} += TW_TERMS)")
+        self.lines.append(f"{total} = tw_total(&{sums});")
+
+    def _is_row(self, load: Load, variable: str) -> bool:
+        """Whether a load walks float32 numbers that lie side by side."""
+        plain = load.mask is None and self.emitter.dtypes[load.buffer] == "float32"
+        return plain and coefficient(load.offset, variable) == 1
 
     def _sum_in_parts(self, expr: Reduce, total: str) -> None:
         """A long sum as a sum of shorter ones, so that the total does not swallow the digits of its terms."""

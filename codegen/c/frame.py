@@ -25,6 +25,7 @@ def frame(body: Sequence[str], parameters: Sequence[Parameter], symbols: Sequenc
     lines = [
         '#include "tw_math.h"',
         *(['#include "tw_narrow.h"'] if narrow else []),
+        *(['#include "tw_sums.h"'] if any("tw_sums " in line for line in body) else []),
         "",
         f"void {NAME}(void *const *restrict buf, const int64_t *restrict dim, int64_t begin, int64_t end,",
         "    int32_t *restrict fault) {",

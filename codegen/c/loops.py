@@ -204,7 +204,9 @@ def _unit_loop(axes: Sequence[Axis], inner: Sequence[str], declarations: Sequenc
 def _emitter(draft: _Draft, lanes: Lanes | None = None) -> Emitter:
     dtypes = dict(draft.kernel.storage)
     dtypes.update({output.parameter.name: output.parameter.dtype for output in draft.outputs})
-    return Emitter(draft.kernel.builder, dtypes, lanes, draft.kernel.ranges)
+    emitter = Emitter(draft.kernel.builder, dtypes, lanes, draft.kernel.ranges)
+    emitter.streams = True
+    return emitter
 
 
 def _pointwise(draft: _Draft) -> Body:

@@ -14,6 +14,7 @@
 
 #include "tw_math.h"
 #include "tw_simd.h"
+#include "tw_sums.h"
 
 typedef int32_t tw_ivec __attribute__((vector_size(TW_LANES * 4)));
 
@@ -23,22 +24,6 @@ typedef int32_t tw_ivec __attribute__((vector_size(TW_LANES * 4)));
 #else
 #define TW_MAX(a, b) ((tw_vec)_mm256_max_ps((__m256)(a), (__m256)(b)))
 #endif
-
-/* Reduce the lanes of a vector with OP, always in the same order: halves first. */
-#if TW_LANES == 16
-#define TW_HALVES(v, OP) \
-    OP(_mm512_castps512_ps256((__m512)(v)), \
-       _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)(v)), 1)))
-#else
-#define TW_HALVES(v, OP) ((__m256)(v))
-#endif
-#define TW_REDUCE(v, OP) \
-    const __m256 eight = TW_HALVES(v, _mm256_##OP##_ps); \
-    const __m128 four = _mm_##OP##_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)); \
-    const __m128 two = _mm_##OP##_ps(four, _mm_movehl_ps(four, four)); \
-    return _mm_cvtss_f32(_mm_##OP##_ss(two, _mm_movehdup_ps(two)));
-static inline float tw_lanes_max(tw_vec v) { TW_REDUCE(v, max) }
-static inline float tw_lanes_sum(tw_vec v) { TW_REDUCE(v, add) }
 
 /* 2^x for x <= 0, 0 below -126; NaN stays NaN. The polynomial is that of tw_exp2_f32. */
 static inline tw_vec tw_exp2_nonpositive_vec(tw_vec x) {

@@ -1,10 +1,11 @@
-"""Speed of the matrix, convolution and depthwise kernels, beside PyTorch and the processor's multiply-add limit.
+"""Speed of matrix, convolution and attention kernels, beside PyTorch and the processor's multiply-add limit.
 
     python -m benchmarks.kernels [--target cpu:x86-64-v3] [--only resnet] [--threads 1,2] [--seconds 0.5]
     python -m benchmarks.kernels --json build/kernels.json    # for benchmarks.cpu --report --kernels build/kernels.json
 
 Every row is measured in turns with PyTorch, best of many; the limit is measured again beside every row, with as many
-threads. Weights stay in cache where they fit. Two threads each run half of the work units, without waiting in between.
+threads. Weights stay in cache where they fit. Attention of one row counts bytes of keys and values, in GB/s beside the
+limit of reading memory. Two threads each run half of the work units, without waiting in between.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tilewright.codegen.targets import parse
 from tilewright.codegen.templating import Hole, render
 from tilewright.runtime.cpu import features
 
+from .kernels_attention import Attention, decoding, prompts
 from .kernels_case import POINTERS, Case, random
 from .kernels_convolution import convolutions
 from .kernels_winograd import winograd_layers
@@ -55,11 +57,11 @@ def main() -> None:
     )
     rows: list[dict[str, str | int | float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        limits = loops(target, Path(folder), reading=False)
-        for case in layers():
-            if not re.search(options.only, case.name):
-                continue
-            limit = limits.get(case.dtype, limits["float32"])
+        cases = [case for case in every_case() if re.search(options.only, case.name)]
+        limits = loops(target, Path(folder), reading=any(is_read(case) for case in cases))
+        for case in cases:
+            limit = limits["read"] if is_read(case) else limits.get(case.dtype, limits["float32"])
+            amount = case.bytes if isinstance(case, Attention) and is_read(case) else case.flops
             kernel = build(case.source, target, Path(folder))
             line = f"{case.name:34}"
             for count in counts:
@@ -67,8 +69,8 @@ def main() -> None:
                 ours = theirs = top = 0.0
                 deadline = time.perf_counter() + options.seconds
                 while time.perf_counter() < deadline:
-                    ours = max(ours, case.flops / run(kernel, case, count))
-                    theirs = max(theirs, case.flops / run_torch(case, count))
+                    ours = max(ours, amount / run(kernel, case, count))
+                    theirs = max(theirs, amount / run_torch(case, count))
                     time.sleep(SPINNING)
                     # Units are shared out between threads, so that the rate of all of them comes out.
                     top = max(top, limit.rate(count))
@@ -81,12 +83,12 @@ def main() -> None:
         options.json.write_text(json.dumps(versions | {"rows": rows}, indent=1) + "\n")
 
 
-def run(kernel: Callable[..., None], case: Case, threads: int) -> float:
+def run(kernel: Callable[..., None], case: Case | Attention, threads: int) -> float:
     """Seconds for all units of a case, from the first thread's start to the last one's end."""
     return timed(kernel, case.arrays, case.units, threads, repeats_for(case, threads))
 
 
-def run_torch(case: Case, threads: int) -> float:
+def run_torch(case: Case | Attention, threads: int) -> float:
     """Seconds for PyTorch's operator."""
     repeats = repeats_for(case, threads)
     with torch.inference_mode():
@@ -96,9 +98,22 @@ def run_torch(case: Case, threads: int) -> float:
         return (time.perf_counter() - start) / repeats
 
 
-def repeats_for(case: Case, threads: int) -> int:
+def repeats_for(case: Case | Attention, threads: int) -> int:
     """Calls in one measurement: long against the clock, short against a busy machine's time slices."""
     return max(1, (20_000_000 if threads == 1 else 200_000_000) // case.flops)
+
+
+def every_case() -> Iterator[Case | Attention]:
+    """Layers, then attention in both types."""
+    yield from layers()
+    for bf16 in (False, True):
+        yield from prompts(bf16=bf16)
+        yield from decoding(bf16=bf16)
+
+
+def is_read(case: Case | Attention) -> bool:
+    """Whether reading memory limits a case."""
+    return isinstance(case, Attention) and case.reads
 
 
 def layers() -> Iterator[Case]:

@@ -35,6 +35,8 @@ class Attention:
         self, name: str, batch: int, heads: int, shared: int, queries: int, keys: int, d: int, causal: bool, bf16: bool
     ) -> None:
         self.name = f"attention {name}{' bf16' if bf16 else ''}"
+        self.dtype = "bfloat16" if bf16 else "float32"
+        self.reads = queries == 1  # limited by memory, not by arithmetic
         sizing, together = blocks(d, d, bf16=bf16), 1 if causal else heads // shared
         self.units = int(attention_units(batch, heads, queries, sizing, together))  # type: ignore[arg-type]
         # With a causal mask, half of the products are of no use.

@@ -229,6 +229,20 @@ def test_long_rows_take_another_variant(compiled, assert_same):
         assert_same(model, module, (torch.randn(3, length),), 4e-6)
 
 
+@pytest.mark.parametrize("target", ["cpu:x86-64-v3", "cpu"])
+def test_long_sums_end_anywhere(target, compiled, assert_same):
+    class Sums(nn.Module):
+        def forward(self, x, y):
+            return x.sum(-1), (x * y).sum(-1), x.t()[1:].sum(0), x.square().mean(-1), x.var(-1)
+
+    module = Sums()
+    shapes = ({1: torch.export.Dim("length", min=64, max=4096)},) * 2
+    model = compiled(module, (torch.ones(3, 80), torch.ones(3, 80)), shapes, target=target)
+    for length in (64, 79, 127, 128, 129, 255, 257, 319, 513):
+        whole = torch.rand(2, 3, length, generator=torch.Generator().manual_seed(length))
+        assert_same(model, module, (whole[0], whole[1]), 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
 def test_products_in_other_dtypes_than_float32(dtype, compiled, assert_same):
     class Products(nn.Module):

@@ -149,7 +149,7 @@ def test_a_float32_model_in_a_coarser_precision(precision, stored, tmp_path):
     assert ('"tf32"' in sources) == (precision == "tf32")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
 def test_precisions_of_gpus_are_refused_where_a_cpu_is_meant_too(precision, tmp_path):
     with pytest.raises(UsageError, match=f"precision '{precision}' is for GPUs"):
         tilewright.compile(Rows().eval(), (torch.zeros(1, 2, dtype=torch.int64),), output=tmp_path / "m.tw",

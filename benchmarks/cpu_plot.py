@@ -44,7 +44,8 @@ def plot(results: Results, planned: Sequence[Case], path: Path) -> bool:
             colour = COLOURS[list(SYSTEMS).index(name)]
             axis.bar(left, shares, width * 0.92, label=SYSTEMS[name].label, color=colour)
         several = len({case.precision for case in chosen}) > 1
-        labels = [f"{case.model}\n{case.precision}" if several else case.model for case in chosen]
+        names = [case.model.replace("_", "\n", 1) for case in chosen]  # of two lines, so that long ones do not meet
+        labels = [f"{name}\n{case.precision}" if several else name for name, case in zip(names, chosen, strict=True)]
         axis.set_xticks(range(len(chosen)), labels, fontsize=8)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.set_ylabel("share of the limit")

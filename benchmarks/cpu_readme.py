@@ -53,6 +53,11 @@ def section(record: Mapping[str, Any], path: str) -> str:
     return "\n\n".join(parts)
 
 
+def _digits(number: float) -> str:
+    """Three digits, or all of them before the point."""
+    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
+
+
 def _table(results: Mapping[str, Any], chosen: Sequence[Case], title: str) -> Iterator[str]:
     latency = chosen[0].latency
     heads = [title, "precision", "Tilewright, ms", "fastest other, ms", "times faster"]
@@ -62,8 +67,8 @@ def _table(results: Mapping[str, Any], chosen: Sequence[Case], title: str) -> It
     for case in chosen:
         systems, peer = timed_systems(results, case), fastest_peer(results, case)
         several = f", {case.batch} at once" if latency and case.batch > 1 else ""
-        cells = [f"{case.model}{several}", case.precision, f"{systems[OURS]['ms']:.3g}"]
-        cells.append(f"{systems[peer[0]]['ms']:.3g} ({SYSTEMS[peer[0]].label})" if peer else "-")
+        cells = [f"{case.model}{several}", case.precision, _digits(systems[OURS]["ms"])]
+        cells.append(f"{_digits(systems[peer[0]]['ms'])} ({SYSTEMS[peer[0]].label})" if peer else "-")
         cells.append(f"{peer[1]:.2f}" if peer else "-")
         if latency:
             start = results.get(f"start/{case.name}", {"systems": {}})["systems"].get(OURS, {})

@@ -276,24 +276,19 @@ def _name(node: fx.Node) -> str:
 def _residual_stream(graph: fx.Graph) -> set[fx.Node]:
     """The sums that norms read, the sums that these are made of, and the views between them."""
     found: set[fx.Node] = set()
-
-    def follow(value: Any) -> None:
-        path = []
+    pending: list[Any] = [node.args[0] for node in graph.nodes if _name(node) in _STREAM_NORMS]
+    while pending:
+        value, path = pending.pop(), []
         while isinstance(value, fx.Node) and _name(value) in _STREAM_VIEWS:
             path.append(value)
             value = value.args[0]
         if not (isinstance(value, fx.Node) and value.op == "call_function"):
-            return
+            continue
         if _name(value) == "add" and len(value.all_input_nodes) == 2 and value not in found:
             found.add(value)
-            for operand in value.all_input_nodes:
-                follow(operand)
+            pending.extend(value.all_input_nodes)
         if value in found or _name(value) in _STREAM_NORMS:
             found.update(path)
-
-    for node in graph.nodes:
-        if _name(node) in _STREAM_NORMS:
-            follow(node.args[0])
     return found
 
 

@@ -101,16 +101,16 @@ def _build(
     """What is to be blocked, and the kernel for a blocking."""
     work = Anchored(task, anchor, frame)
     product = product_of(work)
-    value, total = ("int32", "int32") if kind == "int8" else ("float32", "float32")
+    computed = "int32" if kind == "int8" else "float32"
     context = _left_in_place(work, product, kind)
     left = _left(context, kind)
     if not context:
-        context["pack_a"] = work.read(product.a, ("b", "m", "k"), ("b", "m"), "k", "a_value", value)
+        context["pack_a"] = work.read(product.a, ("b", "m", "k"), ("b", "m"), "k", "a_value", computed)
     if packed is not None:
         context |= {"b_packed": True, "b_base": frame.name(packed)}
     else:
-        context["pack_b"] = work.read(product.right(), ("b", "k", "n"), ("b", "k"), "n", "b_value", value)
-    epilogue = work.epilogue(product.index, ("b", "m"), "n", product.added, total)
+        context["pack_b"] = work.read(product.right(), ("b", "k", "n"), ("b", "k"), "n", "b_value", computed)
+    epilogue = work.epilogue(product.index, ("b", "m"), "n", product.added, computed)
     words = sizes.ceildiv(product.k, _PER_WORD[kind])
     stride = context.get("a_stride")
     apart = stride // _PER_WORD[kind] if isinstance(stride, int) else 0

@@ -33,6 +33,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from tilewright.codegen.c.tuning import processor_name
 from tilewright.models import names
 
 from .cpu_goals import goals
@@ -49,7 +50,7 @@ PACKAGES = ("torch", "onnxruntime", "openvino", "numpy")
 
 def machine(threads: int, target: str = "") -> dict[str, Any]:
     """The processor, the versions, and the target where it is not this machine's: what makes numbers comparable."""
-    found: dict[str, Any] = {"cpu": processor(), "threads": threads, "python": platform.python_version()}
+    found: dict[str, Any] = {"cpu": processor_name(), "threads": threads, "python": platform.python_version()}
     if target:
         found["target"] = target
     for package in PACKAGES:
@@ -58,12 +59,6 @@ def machine(threads: int, target: str = "") -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def processor(path: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name."""
-    names = [line.partition(":")[2].strip() for line in path.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def chosen(text: str, known: Sequence[str], what: str) -> list[str]:

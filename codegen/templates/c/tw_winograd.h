@@ -15,7 +15,7 @@
 #ifndef TW_WINOGRAD_H
 #define TW_WINOGRAD_H
 
-#include "tw_simd.h"
+#include "tw_convolution.h"
 
 #define TW_P (2.0f / 3.0f)
 #define TW_Q (3.0f / 2.0f)
@@ -116,52 +116,19 @@ static __attribute__((unused, noinline)) void tw_winograd_border(
     }
 }
 
-/* sums[rows][32] = a times b: rows are 16 floats apart in each of `blocks` blocks of 16 channels, which are `plane`
- * floats apart; the last block has `last` channels. b is packed [channels][32]. */
-#define TW_WINOGRAD_POINTER(r) const float *const a##r = a + r * 16;
-#define TW_DEFINE_WINOGRAD_PRODUCT_AS(KIND, ROWS) \
-    static __attribute__((unused, noinline)) void tw_winograd_product##KIND##_##ROWS( \
-        const float *a, int64_t plane, int64_t blocks, int64_t last, const float *b, float *sums) { \
-        TW_REPEAT_##ROWS(TW_ZERO##KIND) \
-        for (int64_t block = 0; block < blocks; block++, a += plane) { \
-            const int64_t depth = block + 1 < blocks ? 16 : last; \
-            TW_REPEAT_##ROWS(TW_WINOGRAD_POINTER) \
-            for (int64_t k = 0; k < depth; k++, b += TW_PANEL) { \
-                const tw_vec b0 = tw_load(b), b1 = tw_load(b + TW_LANES); \
-                (void)b1; \
-                TW_REPEAT_##ROWS(TW_STEP##KIND) \
-            } \
-        } \
-        TW_REPEAT_##ROWS(TW_FINISH##KIND) \
-    }
-#define TW_DEFINE_WINOGRAD_PRODUCT(ROWS) TW_DEFINE_WINOGRAD_PRODUCT_AS(, ROWS)
-TW_FOR_EACH_ROWS(TW_DEFINE_WINOGRAD_PRODUCT)
-#if TW_LANES == 16
-#define TW_DEFINE_WINOGRAD_PRODUCT_NARROW(ROWS) TW_DEFINE_WINOGRAD_PRODUCT_AS(_narrow, ROWS)
-TW_FOR_EACH_ROWS(TW_DEFINE_WINOGRAD_PRODUCT_NARROW)
-#endif
+/* sums[rows][32] = a times b, any number of rows, of which at least the first `columns` of 32 are computed: rows are 16
+ * floats apart in each of `blocks` blocks of 16 channels, which are `plane` floats apart; the last block has `last`
+ * channels. b is packed [channels][32]. For the sums a point of a tile is a pixel of a kernel of one tap. */
+TW_POINTWISE(f32)
 
-/* The same for any number of rows; at least the first `columns` of 32 are computed. */
 static inline void tw_winograd_product(
     int64_t rows, int64_t columns, const float *a, int64_t plane, int64_t blocks, int64_t last, const float *b,
     float *sums) {
+    const tw_kernel_window window = {.image = a, .plane = plane, .blocks = blocks, .last = last};
     const int64_t tiles = tw_ceildiv(rows, TW_MR);
     for (int64_t t = 0, row = 0; t < tiles; t++) {
-        const int64_t next = rows * (t + 1) / tiles, count = next - row;
-        const float *const from = a + row * 16;
-        float *const to = sums + row * TW_PANEL;
-#if TW_LANES == 16
-        if (columns > 16) {
-            TW_SWITCH_ROWS(tw_winograd_product_, count, from, plane, blocks, last, b, to)
-        } else {
-            TW_SWITCH_ROWS(tw_winograd_product_narrow_, count, from, plane, blocks, last, b, to)
-        }
-#else
-        TW_SWITCH_ROWS(tw_winograd_product_, count, from, plane, blocks, last, b, to)
-        if (columns > 16) {
-            TW_SWITCH_ROWS(tw_winograd_product_, count, from, plane, blocks, last, b + 16, to + 16)
-        }
-#endif
+        const int64_t next = rows * (t + 1) / tiles;
+        tw_pointwise_f32(next - row, columns, &window, row, b, sums + row * TW_PANEL);
         row = next;
     }
 }

@@ -1,6 +1,6 @@
 """A byte-level language model of Python source, trained by ``train_bytelm.py``; one token is one byte.
 
-The architecture is the Llama-style decoder of ``llama.py`` with a vocabulary of 256.
+The architecture is the Llama-style decoder of ``decoder.py`` with a vocabulary of 256.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from . import checkpoint
-from .llama import Config, Decoder
+from .decoder import Config, Decoder
 from .stdlib_text import held_out_text, windows
 
 CONTEXT = 256
-CONFIG = Config(vocabulary=256, width=160, layers=4, heads=5, kv_heads=5, hidden=432, tied=True)
+CONFIG = Config(vocabulary=256, width=160, layers=4, heads=5, kv_heads=5, hidden=432, context=CONTEXT, tied=True)
 CHECKPOINT = checkpoint.FOLDER / "bytelm.safetensors"
 
 

@@ -99,8 +99,8 @@ _MODELS: dict[str, ModelSpec] = {
         ),
         _spec("gpt2", "gpt2", 124_439_808, "GPT-2 124M", input_ids="batch:1..16,seq:1..1024"),
         _spec("gpt2_tiny", "gpt2", 478_720, "GPT-2 in small", input_ids="batch:1..16,seq:1..128"),
-        _spec("llama_tiny", "llama", 483_968, "Llama in small, grouped queries", input_ids="batch:1..16,seq:1..256"),
-        _spec("llama_1b", "llama", 1_100_048_384, "Llama with TinyLlama's sizes", input_ids="batch:1..8,seq:1..2048"),
+        _spec("llama_tiny", "decoder", 483_968, "Llama in small, grouped queries", input_ids="batch:1..16,seq:1..256"),
+        _spec("llama_1b", "decoder", 1_100_048_384, "Llama with TinyLlama's sizes", input_ids="batch:1..8,seq:1..2048"),
         _spec("bytelm", "bytelm", 1_281_440, "trained byte-level model of Python", input_ids="batch:1..64,seq:1..256"),
     )
 }

@@ -18,8 +18,8 @@ from torch import nn
 
 from . import checkpoint
 from .bytelm import CHECKPOINT, CONFIG, CONTEXT, heldout, perplexity
+from .decoder import Decoder
 from .initialize import initialize
-from .llama import Decoder
 from .stdlib_text import training_text
 
 

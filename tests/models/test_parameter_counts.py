@@ -50,9 +50,9 @@ def test_gpt2():
 
 @pytest.mark.parametrize("name", ["llama_tiny", "llama_1b", "bytelm"])
 def test_llama(name):
-    from tilewright.models import bytelm, llama
+    from tilewright.models import bytelm, decoder
 
-    config = bytelm.CONFIG if name == "bytelm" else llama.VARIANTS[name]
+    config = bytelm.CONFIG if name == "bytelm" else decoder.VARIANTS[name]
     with torch.device("meta"):
         reference = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
@@ -65,7 +65,7 @@ def test_llama(name):
                 tie_word_embeddings=config.tied,
             )
         )
-        ours = llama.Decoder(config)
+        ours = decoder.Decoder(config)
     assert models.get(name).parameters == count(reference) == count(ours)
 
 

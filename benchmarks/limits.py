@@ -56,6 +56,22 @@ DOTS = f"""
 """
 BFLOAT16 = "#define ACC __m512\n#define OPERAND __m512bh\n#define DOT _mm512_dpbf16_ps\n" + DOTS
 INT8 = "#define ACC __m512i\n#define OPERAND __m512i\n#define DOT _mm512_dpbusd_epi32\n" + DOTS
+INT8_WORDS = f"""
+#include <immintrin.h>
+#include "tw_simd.h"
+#define START(r) __m256i c##r = _mm256_setzero_si256();
+#define ADD(r) \\
+    __asm__ volatile("" : "+x"(a), "+x"(c##r)); /* no product is known */ \\
+    c##r = _mm256_add_epi32(c##r, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), ones));
+#define STORE(r) _mm256_storeu_si256((__m256i *)((char *)buf[0] + 64), c##r);
+{SIGNATURE}
+    __m256i a = _mm256_loadu_si256((const __m256i *)buf[0]);
+    const __m256i b = a, ones = _mm256_set1_epi16(1);
+    TW_REPEAT_12(START)
+    for (int64_t i = begin; i < end; i++) {{ TW_REPEAT_12(ADD) }}
+    TW_REPEAT_12(STORE) /* keeps the sums alive */
+}}
+"""
 READ = f"""
 #include "tw_simd.h"
 #define START(r) tw_vec c##r = {{0}};
@@ -102,6 +118,8 @@ def loops(target: Target, folder: Path, *, reading: bool = True) -> dict[str, Lo
         if extension in names:
             amount = 12 * lanes * products * 2
             found[name] = Loop(build(source, target, folder), np.zeros(128, np.uint8), STEPS, amount)
+    if "int8" not in found:  # products of bytes in pairs as 16 bits, those in pairs as 32 bits, and the sum
+        found["int8"] = Loop(build(INT8_WORDS, target, folder), np.zeros(128, np.uint8), STEPS, 12 * 8 * 4 * 2)
     if reading:
         step = 12 * lanes * 4
         array = np.ones(READ_BYTES // 4, np.float32)

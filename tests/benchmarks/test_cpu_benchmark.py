@@ -330,7 +330,7 @@ def test_a_target_restricts_tilewright_alone(benchmark, tmp_path, monkeypatch, c
     assert bench.state.machine["target"] == "cpu:x86-64-v3"  # its numbers go to a state of their own
     assert [path.name[10:] for path in (tmp_path / "out").iterdir()] == ["-cpu-systems-x86-64-v3.json"]
     limits = benchmark("limits")
-    assert set(limits.loops(limits.target_of("cpu:x86-64-v3"), tmp_path, reading=False)) == {"float32"}
+    assert set(limits.loops(limits.target_of("cpu:x86-64-v3"), tmp_path, reading=False)) == {"float32", "int8"}
 
 
 def test_reports_a_state_file(benchmark, tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ _HOMES = {
     "TilewrightError": ".runtime.errors",
     "compile": ".compiler.driver",
     "Entry": ".compiler.options",
+    "Task": ".compiler.options",
 }
 __all__ = [*_HOMES, "__version__"]
 

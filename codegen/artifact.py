@@ -97,6 +97,7 @@ def write_artifact(
     targets: Sequence[TargetBinaries],
     info: Mapping[str, Any],
     sources: Mapping[str, bytes] | None = None,
+    copies: Mapping[str, Path] | None = None,
     progress: Progress | None = None,
     check: Callable[[Path], Mapping[str, Any] | None] | None = None,
 ) -> Path:
@@ -114,6 +115,7 @@ def write_artifact(
         targets: in order of preference.
         sources: file name under ``kernels/triton/`` → content: what all GPU targets share, and what the interpreter
             runs.
+        copies: path in the directory → file whose content comes there.
         info: anything JSON-able that ``inspect`` shows: source, options, memory, provenance.
         progress: called with (bytes written, bytes in all) of the weights.
         check: called with the complete directory before it takes its place; if it raises, nothing is left. What it
@@ -147,6 +149,8 @@ def write_artifact(
             files += [_write(folder, f"{base}/{path}", (content,)) for path, content in sorted(target.files.items())]
         for path, content in sorted((sources or {}).items()):
             files.append(_write(folder, f"{TRITON_SOURCES}/{path}", (content,)))
+        for path, source in sorted((copies or {}).items()):
+            files.append(_write(folder, path, (source.read_bytes(),)))
         files.append(_write(folder, weight_files.FILE_NAME, _weights(layout, constants, progress)))
         weights = Weights(weight_files.FILE_NAME, layout.id, layout.size)
         producer = f"tilewright {__version__}"

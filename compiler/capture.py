@@ -44,6 +44,7 @@ def capture(
     function: str | Callable[..., Any] = "forward",
     made_up: bool = False,
     input_names: Sequence[str] | None = None,
+    make: Callable[[Mapping[str, int]], Mapping[str, torch.Tensor]] | None = None,
 ) -> Program:
     """Trace a module into a program.
 
@@ -57,6 +58,7 @@ def capture(
         function: the method or submodule to trace, by name, or a callable that uses the module.
         made_up: whether the examples were made up, so that they may be resized to fit ``shapes``.
         input_names: names of the tensor inputs, in place of those that follow from the function's parameters.
+        make: inputs to verify with for given values of the symbols, by name.
 
     Raises:
         SourceError: training mode, weights without data, or a forward that fails or cannot be traced.
@@ -79,7 +81,7 @@ def capture(
     results: list[Any] = []
     traced.forward = _flat_forward(call, bound, results)
     exported, spec = _export(traced, tuple(tensors.values()), spec, tuple(tensors))
-    return from_exported(
+    program = from_exported(
         name,
         exported,
         input_names=tuple(tensors),
@@ -89,6 +91,8 @@ def capture(
         weights=weight_names(module),
         strict_ranges=False,
     )
+    program.make = make
+    return program
 
 
 def shape_spec(shapes: Any, bound: Call) -> ShapeSpec:

@@ -30,10 +30,11 @@ from ..passes.pipeline import pipeline
 from ..runtime.cpu import features
 from ..runtime.model import load
 from ..runtime.plan import Plan
-from .options import CompileOptions, Entry
-from .precision import applied, precision_on
+from .frontends import Loaded
+from .options import CompileOptions, Entry, Task
+from .precision import applied, cache_type, precision_on
 from .samples import sample_sizes
-from .sources import open_source
+from .sources import load_source, open_source
 from .support import Unsupported, find_unsupported, require_supported
 from .targets import Targets, device_kinds, parse_targets
 from .verification import (
@@ -83,6 +84,7 @@ def compile(  # noqa: A001 - the verb that users know
     disable_passes: Iterable[str] = (),
     stop_after: str | None = None,
     inputs: str | Path | None = None,
+    task: Task | str = "auto",
     ptx: bool = False,
     tune: bool = False,
     progress: Progress | None = None,
@@ -107,6 +109,9 @@ def compile(  # noqa: A001 - the verb that users know
         disable_passes: exact names of passes to leave out.
         stop_after: name of the last pass to run; then no artifact is written.
         inputs: an ``.npz`` file with sample inputs by name.
+        task: ``"generate"`` compiles the step of a decoder language model over a paged cache, ``"forward"`` the model's
+            forward, ``"auto"`` the step of checkpoints of known families, else the forward; a ``Task`` has the limits
+            of generation, too (``compiler/options.py``).
         ptx: also store PTX, which GPUs newer than the targets compile when they load it.
         tune: measure ways of computing CPU kernels on this machine, and keep the fastest. What comes out depends on the
             machine; later compilations find the measurements in the kernel cache.
@@ -125,6 +130,7 @@ def compile(  # noqa: A001 - the verb that users know
         stop_after=stop_after,
         ptx=ptx,
         tune=tune,
+        task=task if isinstance(task, Task) else Task(task),
     )
     return Compilation(options, progress).run(source, args, kwargs, Path(output), dynamic_shapes, entries, inputs)
 
@@ -135,6 +141,8 @@ class Compilation:
     def __init__(self, options: CompileOptions, progress: Progress | None = None) -> None:
         self.options = options
         self.seconds: dict[str, float] = {}
+        self.source_info: dict[str, Any] = {}  # what the manifest says of the source, once it has been read
+        self.copies: dict[str, Path] = {}  # path in the artifact -> file that comes there, likewise
         self.precision: dict[str, str] = {}  # by kind of device, once the source has been captured
         self._progress = progress or (lambda phase, detail: None)
 
@@ -176,6 +184,7 @@ class Compilation:
             path = write_artifact(
                 output, plans={device: code.plans for device, code in generated.devices.items()},
                 constants=generated.constants, targets=binaries, sources=triton_sources(generated), info=info,
+                copies=self.copies,
                 progress=lambda done, total: detail(f"{done >> 20} of {total >> 20} MiB"),
                 check=lambda folder: self._check(folder, references, programs, errors),
             )  # fmt: skip
@@ -191,7 +200,10 @@ class Compilation:
             tuned_target(chosen.cpu, features())
         self.options.check(device_kinds(self.options.target))
         with self._phase("capture"):
-            programs = open_source(source, args, kwargs, shapes, entries, inputs)
+            opened = load_source(source, self.options.task, self._cache_type)
+            if isinstance(opened, Loaded):
+                self.source_info, self.copies = dict(opened.info), dict(opened.files)
+            programs = open_source(opened, args, kwargs, shapes, entries, inputs)
         self.precision = {
             device: precision_on(device, self.options.precision, programs, self.targets.cpu)
             for device in device_kinds(self.options.target)
@@ -225,6 +237,11 @@ class Compilation:
         if not found:
             generate(programs, self.options.products)
         return found
+
+    def _cache_type(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of cached keys and values for weights of a type."""
+        options, devices = self.options, device_kinds(self.options.target)
+        return cache_type(options.task.cache, options.precision, dtype, devices, self.targets.cpu)
 
     def _tuner(self, compiler: Compiler | None, detail: Callable[[str], None]) -> Tuner | None:
         """Who measures kernels, where that was asked for."""
@@ -294,7 +311,8 @@ class Compilation:
             for plan, program in zip(code.plans, programs[device], strict=True)
         ]
         tuned = {"tuned": generated.tuned.describe()} if generated.tuned is not None else {}
-        return tuned | {
+        more = tuned | self.source_info
+        return more | {
             "source": _source_name(source),
             "torch": torch.__version__.split("+")[0],
             "precision": {"requested": self.options.precision, "applied": applied(programs, self.precision)},

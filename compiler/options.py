@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 Verify = Literal["off", "final", "passes"]
 _VERIFY: tuple[str, ...] = ("off", "final", "passes")
@@ -21,6 +24,57 @@ PRECISIONS: dict[str, str] = {
 }
 """What ``--precision`` may be."""
 
+TASKS: dict[str, str] = {
+    "auto": "generate for the checkpoint of a decoder language model that is known, else forward",
+    "generate": "the step of a decoder language model over a paged cache, from which text is generated",
+    "forward": "what the model's forward computes, for a language model the logits of whole sequences",
+}
+"""What ``--task`` may be."""
+
+CACHES: dict[str, str] = {
+    "auto": "bf16 where the model computes in bfloat16, else fp32",
+    "fp32": "float32",
+    "bf16": "bfloat16, half the memory",
+}
+"""What ``--cache`` may be: the type of cached keys and values."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to make of a source that can be compiled in several ways, and the limits of generation.
+
+    Attributes:
+        name: one of :data:`TASKS`.
+        cache: one of :data:`CACHES`.
+        context: most positions of a sequence; None for the model's own (at most ``LONGEST_CONTEXT``).
+        chunk: most tokens of one step, those of all sequences together.
+        sequences: most sequences of one step.
+    """
+
+    name: str = "auto"
+    cache: str = "auto"
+    context: int | None = None
+    chunk: int = 512
+    sequences: int = 64
+
+    LONGEST_CONTEXT: ClassVar[int] = 131072
+
+    def __post_init__(self) -> None:
+        """Refuse values that no model could be compiled for.
+
+        Raises:
+            UsageError: an unknown task or cache, or limits that are too small.
+        """
+        if self.name not in TASKS:
+            raise UsageError(f"unknown task {self.name!r}: choose one of {', '.join(TASKS)}")
+        if self.cache not in CACHES:
+            raise UsageError(f"unknown type of cache {self.cache!r}: choose one of {', '.join(CACHES)}")
+        if self.context is not None and self.context < 1:
+            raise UsageError(f"a context of {self.context} positions holds nothing")
+        for what, limit in (("tokens", self.chunk), ("sequences", self.sequences)):
+            if limit < 2:
+                raise UsageError(f"at most {limit} {what} in a step: give 2 or more")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -33,12 +87,15 @@ class Entry:
         kwargs: example keyword arguments.
         dynamic_shapes: input name → dimensions in the dimension language (``compiler/shapes.py``), or a structure of
             ``torch.export.Dim`` as ``torch.export.export`` takes it.
+        make: inputs to verify with for given values of the symbols, by input name; where it is missing, elements are
+            drawn from the sample's, which is wrong where inputs depend on each other.
     """
 
     function: str | Callable[..., Any] = "forward"
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] | None = None
     dynamic_shapes: Any = None
+    make: Callable[[Mapping[str, int]], Mapping[str, torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +112,7 @@ class CompileOptions:
         stop_after: name of the last pass to run, or None.
         ptx: store PTX beside the kernels of the newest architecture, which newer GPUs compile when they load it.
         tune: measure ways of computing CPU kernels on this machine, and keep the fastest.
+        task: what to make of the source.
     """
 
     target: tuple[str, ...] = ("cpu",)
@@ -66,6 +124,7 @@ class CompileOptions:
     stop_after: str | None = None
     ptx: bool = False
     tune: bool = False
+    task: Task = field(default_factory=Task)
 
     def __post_init__(self) -> None:
         """Refuse values that no later stage could make sense of.

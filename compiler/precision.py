@@ -36,6 +36,24 @@ def precision_on(device: str, requested: str, programs: Sequence[Program], targe
     return OWN if native and torch.bfloat16 in types and torch.float16 not in types else "fp32"
 
 
+def cache_type(
+    cache: str, requested: str, dtype: torch.dtype, devices: Sequence[str], targets: Sequence[Target] = ()
+) -> torch.dtype:
+    """The type of cached keys and values.
+
+    Args:
+        cache: one of ``compiler.options.CACHES``.
+        requested: the precision, one of ``compiler.options.PRECISIONS``.
+        dtype: of the model's weights.
+        devices: the kinds of device to compile for, ``"cpu"`` and ``"cuda"``.
+        targets: the processors among them.
+    """
+    if cache != "auto":
+        return torch.bfloat16 if cache == "bf16" else torch.float32
+    own = dtype is torch.bfloat16 and ("cpu" not in devices or all(target.has("bf16") for target in targets))
+    return torch.bfloat16 if requested == "bf16" or (requested == "auto" and own) else torch.float32
+
+
 def applied(programs: Mapping[str, Sequence[Program]], chosen: Mapping[str, str]) -> str:
     """What the artifact computes in, in the words of ``--precision``; by kind of device where they differ.
 

@@ -46,9 +46,12 @@ def sample_sizes(program: Program) -> dict[str, int]:
 
 
 def make_inputs(program: Program, sizes: Mapping[str, int], seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Inputs of the given sizes whose elements are drawn from the sample's, so that indices stay legal."""
+    """Inputs of the given sizes: made by the source, or of elements of the sample's, so that indices stay legal."""
     if sizes == sample_sizes(program):
         return program.sample
+    if program.make is not None:
+        made = program.make(sizes)
+        return tuple(made[given.name] for given in program.inputs)
     generator = torch.Generator().manual_seed(seed)
     return tuple(
         _resample(tensor, shape, generator)

@@ -6,7 +6,7 @@ import difflib
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,50 @@ from ..runtime.errors import SourceError, UsageError
 from .capture import capture
 from .frontends import Loaded
 from .importer import from_exported, input_names_of, made_up
-from .options import Entry
+from .options import Entry, Task
 from .shapes import is_dimension_language, parse_shapes
 from .states import share_states
 from .structure import bind
 
-Source = nn.Module | ExportedProgram | str | Path
+Source = nn.Module | ExportedProgram | Loaded | str | Path
 
 _ACCEPTED = (
     "accepted are a PyTorch module, an .onnx or .pt2 file, a checkpoint folder (config.json and safetensors), "
     "path/to/file.py:factory and a name of the model registry"
 )
 _LARGEST_DIM = 1024  # upper bound of an ONNX dimension that has a name but no range
+
+
+def load_source(source: Source, task: Task, cache: Callable[[torch.dtype], torch.dtype]) -> Loaded | ExportedProgram:
+    """Read a source, without capturing anything: the frontends behind one function.
+
+    Args:
+        source: as for :func:`open_source`.
+        task: what to make of it.
+        cache: for generation, the type of the weights → that of cached keys and values.
+
+    Raises:
+        SourceError: nothing that can be read as a model.
+        ArtifactError: a weight file that is damaged or incomplete.
+        UsageError: a source that cannot do the task.
+    """
+    generate, name = task.name == "generate", str(source) if isinstance(source, str | Path) else "the source"
+    if isinstance(source, str | Path):
+        folder = Path(source)
+        if generate and (folder / "config.json").is_file():
+            from .frontends import decoder
+
+            return decoder.open_checkpoint(folder, task, cache)
+        source = _from_text(str(source))
+    elif not isinstance(source, ExportedProgram | Loaded):
+        source = _from_module(source)
+    if not generate or (isinstance(source, Loaded) and source.entries):
+        return source
+    if isinstance(source, ExportedProgram):
+        raise UsageError("an exported program computes what it was exported for; --task generate needs a decoder")
+    from .frontends import decoder
+
+    return decoder.open_module(source.module, name, task, cache)
 
 
 def open_source(
@@ -46,8 +78,8 @@ def open_source(
     """Capture a source: one program per entry point, sharing weights and states by name.
 
     Args:
-        source: a module, an exported program, a path (.onnx, .pt2, a checkpoint folder), ``file.py:factory`` or the
-            name of a registered model.
+        source: a module, an exported program, a path (.onnx, .pt2, a checkpoint folder), ``file.py:factory``, the name
+            of a registered model (these are taken for their forward), or what :func:`load_source` made of one.
         args: example positional arguments; a source that brings its own needs none.
         kwargs: example keyword arguments.
         shapes: input name → dimension language, over the source's own defaults; or dimensions as ``torch.export``
@@ -61,10 +93,16 @@ def open_source(
         UnsupportedOperator: the model cannot be compiled.
         UsageError: inputs, shapes or entries that do not fit the model.
     """
-    opened: Any = _from_text(str(source)) if isinstance(source, str | Path) else source
-    if isinstance(opened, ExportedProgram):
-        return [_open_exported(opened, args, kwargs, shapes, entries, sample_inputs)]
-    loaded = opened if isinstance(opened, Loaded) else _from_module(opened)
+    loaded = load_source(source, Task("forward"), lambda dtype: dtype)
+    if isinstance(loaded, ExportedProgram):
+        return [_open_exported(loaded, args, kwargs, shapes, entries, sample_inputs)]
+    if loaded.entries:
+        if args or kwargs or shapes is not None or entries or sample_inputs is not None:
+            raise UsageError(
+                "the entry points of generation have inputs and shapes of their own, which --context, --chunk and "
+                "--sequences change; --task forward compiles the model's forward for inputs and shapes that are given"
+            )
+        entries = loaded.entries
     if args or kwargs:
         loaded = replace(loaded, args=args, kwargs=kwargs or {}, made_up=False)
     if sample_inputs is not None:
@@ -194,7 +232,8 @@ def _capture_entry(name: str, loaded: Loaded, entry: Entry) -> Program:
     if not name.isidentifier():
         raise UsageError(f"{name!r} is no name for an entry point: use letters, digits and _")
     if entry.args or entry.kwargs:
-        return capture(name, loaded.module, entry.args, entry.kwargs, entry.dynamic_shapes, function=entry.function)
+        own = (entry.args, entry.kwargs, entry.dynamic_shapes)
+        return capture(name, loaded.module, *own, function=entry.function, make=entry.make)
     return capture(
         name,
         loaded.module,

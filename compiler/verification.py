@@ -68,6 +68,7 @@ def reference_of(program: Program) -> Program:
         program.symbols,
         program.guards,
         program.sample,
+        program.make,
     )
 
 

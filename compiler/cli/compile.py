@@ -62,6 +62,19 @@ compared with eager PyTorch at several sizes before the command succeeds (--veri
     "--precision", default="auto", show_default=True, metavar="P",
     help="What to compute in: auto, fp32 or bf16; on GPUs also tf32, fp16.",
 )  # fmt: skip
+@click.option(
+    "--task", default="auto", show_default=True, metavar="T",
+    help="What to compile: generate (text, from a decoder language model), forward, auto.",
+)  # fmt: skip
+@click.option("--context", type=int, metavar="N", help="Generation: longest sequence. [default: the model's]")
+@click.option("--chunk", type=int, default=512, show_default=True, metavar="N", help="Generation: tokens per step.")
+@click.option(
+    "--sequences", type=int, default=64, show_default=True, metavar="N", help="Generation: sequences per step."
+)
+@click.option(
+    "--cache", default="auto", show_default=True, metavar="P",
+    help="Generation: type of cached keys and values: auto (what is computed in), fp32, bf16.",
+)  # fmt: skip
 @click.option("--ptx", is_flag=True, help="Also store PTX, which GPUs newer than the targets can compile.")
 @click.option("--tune", is_flag=True, help="Measure ways of computing CPU kernels on this machine; keep the fastest.")
 @click.option("--quantize", metavar="RECIPE", help="Quantize the weights by a recipe (none is supported yet).")
@@ -82,6 +95,11 @@ def compile_source(
     shapes: tuple[str, ...],
     inputs: str | None,
     precision: str,
+    task: str,
+    context: int | None,
+    chunk: int,
+    sequences: int,
+    cache: str,
     ptx: bool,
     tune: bool,
     quantize: str | None,
@@ -103,7 +121,7 @@ def compile_source(
     with phases(quiet) as progress, redirect_stdout(sys.stderr):  # what a model's own code prints is no result
         progress("import", "PyTorch and the compiler")
         from ..driver import Compilation
-        from ..options import CompileOptions
+        from ..options import CompileOptions, Task
         from ..shapes import parse_options
 
         chosen = CompileOptions(
@@ -116,6 +134,7 @@ def compile_source(
             stop_after=stop_after,
             ptx=ptx,
             tune=tune,
+            task=Task(task, cache, context, chunk, sequences),
         )
         dimensions = parse_options(shapes) or None
         compilation = Compilation(chosen, progress)

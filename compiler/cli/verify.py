@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ...passes.graph.program import Program
     from ...runtime.artifact import Artifact
     from ...runtime.plan import Plan, Port
-    from ..options import CompileOptions
+    from ..options import CompileOptions, Task
 
 HELP = """Check the artifact in DIR.
 
@@ -110,7 +110,9 @@ def _compare(
             kind = "cpu" if model.device == "cpu" else "cuda"
             chosen = _options(opened, kind)
             compilation = Compilation(chosen, progress)
-            dimensions = parse_options(shapes) or compiled_shapes(next(iter(opened.plans.values())))
+            dimensions = parse_options(shapes)
+            if not dimensions and chosen.task.name != "generate":
+                dimensions = compiled_shapes(next(iter(opened.plans.values())))
             try:
                 programs = compilation.capture(source, shapes=dimensions or None, inputs=inputs)
             except UsageError as error:
@@ -152,9 +154,21 @@ def _options(opened: Artifact, kind: str) -> CompileOptions:
             target=targets or (_ANY_TARGET[kind],),
             precision=info.get("precision", {}).get("requested", "auto"),
             disable_passes=frozenset(info.get("disabled_passes", ())),
+            task=_task(info.get("generation")),
         )
     except (UsageError, AttributeError, TypeError) as error:
         raise ArtifactError(f"{opened.path}: does not say how it was compiled: {error}") from None
+
+
+def _task(generation: dict[str, Any] | None) -> Task:
+    """What an artifact was made for, as its manifest describes generation (None where it does not generate)."""
+    from ..options import Task
+
+    if generation is None:
+        return Task("forward")
+    cache = {"float32": "fp32", "bfloat16": "bf16"}.get(generation.get("cache_dtype", ""), "auto")
+    limits = (generation.get("context"), generation.get("max_tokens", 2), generation.get("max_sequences", 2))
+    return Task("generate", cache, *limits)
 
 
 _ANY_TARGET = {"cpu": "cpu", "cuda": "cuda:sm_80"}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from ..options import Entry
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,9 @@ class Loaded:
         made_up: whether the examples were made up by the frontend, so that they may be resized to fit other shapes.
         input_names: names of the tensor inputs, where the module's parameters do not name them.
         alike: inputs that have the same dimensions by construction: shapes given for one hold for the others.
+        entries: entry points to compile, where it is not the module's forward, or not that alone.
+        info: what the manifest says about the source beyond what it says about every one.
+        files: files to copy into the artifact: path there → path here.
     """
 
     module: nn.Module
@@ -30,3 +36,6 @@ class Loaded:
     made_up: bool = True
     input_names: tuple[str, ...] | None = None
     alike: tuple[str, ...] = ()
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)

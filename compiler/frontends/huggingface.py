@@ -49,6 +49,26 @@ def load_checkpoint(folder: Path) -> Loaded:
     return Loaded(module.eval(), (), kwargs, shapes, alike=alike)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's ``config.json``, which names at least one class.
+
+    Raises:
+        SourceError: there is none, it cannot be read or names no class, or the checkpoint is quantized already.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SourceError(f"{folder} has no config.json; a checkpoint folder needs config.json and model.safetensors")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict) or not config.get("architectures"):
+        raise SourceError(f'{path} names no model class: add "architectures": ["BertModel"] (or whichever it is)')
+    if config.get("quantization_config"):
+        raise SourceError(f"{path}: the checkpoint is quantized already; start from the original weights")
+    return config
+
+
 def load_model(folder: Path) -> nn.Module:
     """The model of a checkpoint folder, in evaluation mode, its weights memory-mapped.
 
@@ -56,7 +76,7 @@ def load_model(folder: Path) -> nn.Module:
         SourceError: as :func:`load_checkpoint`.
         ArtifactError: as :func:`load_checkpoint`.
     """
-    described = _read_config(folder)
+    described = read_config(folder)
     import transformers
 
     cls = _model_class(transformers, described, folder)
@@ -128,21 +148,6 @@ def broadcast_mask(
     key = torch.arange(kv_length, device=device)[None, None, None, :]
     pattern = pattern_of(batch, head, query, key)
     return pattern if padding is None else pattern & padding
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise SourceError(f"{folder} has no config.json; a checkpoint folder needs config.json and model.safetensors")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict) or not config.get("architectures"):
-        raise SourceError(f'{path} names no model class: add "architectures": ["BertModel"] (or whichever it is)')
-    if config.get("quantization_config"):
-        raise SourceError(f"{path}: the checkpoint is quantized already; start from the original weights")
-    return config
 
 
 def _model_class(transformers: Any, config: dict[str, Any], folder: Path) -> Any:

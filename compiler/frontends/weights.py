@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import ArtifactError, SourceError
+
+if TYPE_CHECKING:
+    import torch
 
 _BITS = {
     **{name: 64 for name in ("F64", "I64", "U64", "C64")},
@@ -20,7 +23,40 @@ _BITS = {
     **{name: 8 for name in ("I8", "U8", "BOOL", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")},
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+def map_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors by name, memory-mapped: nothing is read before it is used.
+
+    Raises:
+        SourceError: as :func:`check_weight_files`, which is called first.
+        ArtifactError: likewise, or a tensor of a type that PyTorch does not have.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_weight_files(folder)
+    found: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                found.update((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - no mapping
+        except (SafetensorError, AttributeError, TypeError) as error:
+            raise ArtifactError(f"{path} cannot be mapped: {error}") from error
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's one safetensors file, or the shards that its index names.
+
+    Raises:
+        SourceError: the folder has no safetensors.
+        ArtifactError: the index cannot be read, or names a file outside the folder.
+    """
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    return [folder / shard for shard in sorted(set(_places(folder).values()))]
 
 
 def check_weight_files(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -33,10 +69,24 @@ def check_weight_files(folder: Path) -> dict[str, tuple[int, ...]]:
         SourceError: the folder has no safetensors.
         ArtifactError: a file is missing, truncated or damaged, or lacks a tensor that the index places in it.
     """
-    single = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
-    if single.is_file():
-        return read_header(single)
+    if (folder / _SINGLE).is_file():
+        return read_header(folder / _SINGLE)
+    places = _places(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in sorted(set(places.values())):
+        if not (folder / shard).is_file():
+            raise ArtifactError(f"{folder / shard} is missing; {_INDEX} lists {len(set(places.values()))} files")
+        header = read_header(folder / shard)
+        for tensor, place in places.items():
+            if place == shard and tensor not in header:
+                raise ArtifactError(f"{folder / shard} lacks the tensor {tensor!r}, which {_INDEX} places there")
+        shapes.update(header)
+    return shapes
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """Tensor name → the file that the folder's index says it is in."""
+    index = folder / _INDEX
     if not index.is_file():
         pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(
             path.name for path in folder.glob("*.pt*")
@@ -48,22 +98,14 @@ def check_weight_files(folder: Path) -> dict[str, tuple[int, ...]]:
             )
         raise SourceError(f"{folder} has no weights: expected model.safetensors or model.safetensors.index.json")
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted({str(place) for place in places.values()})
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = {str(tensor): str(shard) for tensor, shard in listed.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{index} is no index of weights: {type(error).__name__}: {error}") from error
-    shapes: dict[str, tuple[int, ...]] = {}
-    for shard in shards:
+    for shard in places.values():
         if "/" in shard or "\\" in shard or shard in ("", ".", ".."):
             raise ArtifactError(f"{index} names the file {shard!r}, which is not in the folder itself")
-        if not (folder / shard).is_file():
-            raise ArtifactError(f"{folder / shard} is missing; {index.name} lists {len(shards)} files")
-        header = read_header(folder / shard)
-        for tensor, place in places.items():
-            if place == shard and tensor not in header:
-                raise ArtifactError(f"{folder / shard} lacks the tensor {tensor!r}, which {index.name} places there")
-        shapes.update(header)
-    return shapes
+    return places
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:

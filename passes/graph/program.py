@@ -14,6 +14,7 @@ Every node with a value has ``meta["val"]`` (a FakeTensor or SymInt, all of one 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,7 @@ class Program:
         symbols: sympy symbol in the graph's shapes → its range.
         guards: sympy relations over the symbols that the exporter assumed; lowering makes them run-time checks.
         sample: example tensors, one per input, for verification.
+        make: inputs to verify with at other sizes, by name; None if elements may be drawn from the sample's.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Program:
     symbols: dict[sympy.Symbol, SymbolRange] = field(default_factory=dict)
     guards: tuple[sympy.Basic, ...] = ()
     sample: tuple[torch.Tensor, ...] = ()
+    make: Callable[[Mapping[str, int]], Mapping[str, torch.Tensor]] | None = None
 
     @property
     def graph(self) -> fx.Graph:

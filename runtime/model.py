@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from .artifact import Artifact, read_artifact
 from .device import Device
@@ -18,6 +18,12 @@ from .devices import check_request, open_device
 from .entry import Entry, StepTime, TensorSpec, TraceCallback
 from .errors import UsageError
 from .pool import OwnWorkspace, WorkspacePool
+
+if TYPE_CHECKING:
+    from .generation.completion import Completion
+    from .generation.generator import Generator
+    from .generation.request import Prompt
+    from .generation.stream import Stream
 
 
 def load(
@@ -109,6 +115,65 @@ class Model:
     def session(self) -> Session:
         """A caller of its own, whose state lasts from call to call."""
         return Session(self._device, self._pool, self._default.name)
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        cache_tokens: int | None = None,
+        keep_errors: bool = False,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """Continue prompts with a decoder language model; all run together, and each comes out as when alone.
+
+        Args:
+            prompts: texts or lists of token ids, one or several.
+            cache_tokens: how many positions the key/value cache holds, of all sequences together. If that is too few
+                for all at once, some wait or are computed again. By default enough for all within 1 GiB, and always
+                for one.
+            keep_errors: give a prompt that is refused or fails as a completion with its ``error``, instead of raising.
+            **sampling: fields of ``SamplingParams`` (``runtime/generation/sampling.py``): ``max_tokens``,
+                ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``seed``, ``stop``,
+                ``logprobs``, ``ignore_eos``. Prompt i gets ``seed + i``; ``seed`` may be a list, too. Without any, the
+                likeliest token is taken until the text ends or the context is full.
+
+        Returns:
+            A completion per prompt, in their order.
+
+        Raises:
+            UsageError: the model does not generate, a parameter is wrong, a prompt is empty or of the wrong type.
+            InputError: a prompt is longer than the context, can never fit the cache, has unknown tokens or is not
+                valid Unicode; or the model gave numbers that are not finite.
+        """
+        from .generation.calls import generate
+
+        return generate(self, prompts, cache_tokens=cache_tokens, keep_errors=keep_errors, **sampling)
+
+    def stream(self, prompt: Prompt, *, cache_tokens: int | None = None, **sampling: Any) -> Stream:
+        """Continue a prompt piece by piece; takes and raises what :meth:`generate` does.
+
+        Returns:
+            An iterator over a piece per token, with the ``completion`` so far. Closing or dropping it, as leaving a
+            loop does, cancels the rest and frees the cache.
+        """
+        from .generation.calls import open_stream, params_for
+
+        return open_stream(self, prompt, params_for(1, sampling)[0], cache_tokens=cache_tokens)
+
+    def generator(self, *, cache_tokens: int | None = None, step_tokens: int | None = None) -> Generator:
+        """What serves many requests over one cache: they may be submitted, and cancelled, while others run.
+
+        Args:
+            cache_tokens: how many positions the cache holds; by default one sequence of the whole context, within
+                1 GiB.
+            step_tokens: the most tokens that one step computes; fewer let running requests wait less for new prompts.
+
+        Raises:
+            UsageError: the model does not generate, or a number that does not fit it.
+        """
+        from .generation.calls import open_generator
+
+        return open_generator(self, cache_tokens=cache_tokens, step_tokens=step_tokens)
 
     def synchronize(self) -> None:
         """Wait for calls that returned before they were done (those in a ``stream``), and raise what they met.

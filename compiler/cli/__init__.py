@@ -1,7 +1,7 @@
 """The command line, ``tilewright COMMAND``: one file per command.
 
 Command files import only click and what is as light; numpy, rich, the runtime and the compiler are imported when a
-command runs. ``run``, ``bench``, ``inspect``, ``tune`` and ``doctor`` work without PyTorch.
+command runs. ``run``, ``generate``, ``bench``, ``inspect``, ``tune`` and ``doctor`` work without PyTorch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from .bench import bench
 from .compile import compile_source
 from .demo import demo
 from .doctor import doctor
+from .generate import generate
 from .inspect import inspect
 from .run import run
 from .tune import tune
@@ -25,6 +26,7 @@ A first tour:
   tilewright compile resnet50 -o resnet50.tw       a model of the registry
   tilewright compile path/to/checkpoint -o out.tw  a Hugging Face folder
   tilewright run out.tw inputs.npz -o outputs.npz  run it
+  tilewright generate llm.tw --prompt "Once"       text from a language model
   tilewright bench out.tw                          how fast, and which kernels take the time
   tilewright inspect out.tw                        what is inside
 
@@ -37,7 +39,7 @@ Exit codes: 0 done, 1 failure, 2 wrong usage or no model, 3 operators that are n
 """
 
 cli = Application("tilewright", help=HELP, params=[show_version(__version__)])
-for command in (compile_source, run, bench, inspect, verify, tune, doctor, demo):
+for command in (compile_source, run, generate, bench, inspect, verify, tune, doctor, demo):
     cli.add_command(command)
 
 

@@ -12,9 +12,12 @@ from typing import Any
 import click
 
 
-def emit_json(data: Any) -> None:
-    """Print a JSON document. Numbers that JSON lacks are the strings ``"inf"``, ``"-inf"`` and ``"nan"``."""
-    click.echo(json.dumps(_plain(data), indent=1, allow_nan=False))
+def emit_json(data: Any, indent: int | None = 1) -> None:
+    """Print a JSON document, on one line if ``indent`` is None.
+
+    Numbers that JSON lacks are the strings ``"inf"``, ``"-inf"`` and ``"nan"``.
+    """
+    click.echo(json.dumps(_plain(data), indent=indent, allow_nan=False))
 
 
 def heading(text: str) -> None:

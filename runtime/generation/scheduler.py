@@ -72,19 +72,25 @@ class Sequence:
         self.length += 1
 
 
-class Outcome(NamedTuple):
-    """What a step gave a sequence: the logits of its next token, float32 [vocabulary], or the error that ended it."""
+class Results(NamedTuple):
+    """What came out of a step.
 
-    sequence: Sequence
-    logits: np.ndarray | None
-    error: Exception | None
+    Attributes:
+        sequences: those that are at their last token.
+        logits: of their next tokens, float32 [sequences, vocabulary].
+        failed: sequences that were removed, with the errors that ended them.
+    """
+
+    sequences: list[Sequence]
+    logits: np.ndarray
+    failed: list[tuple[Sequence, Exception]]
 
 
 class Share(NamedTuple):
     """How many tokens of a sequence a step computes."""
 
     sequence: Sequence
-    count: int
+    size: int
 
 
 class Scheduler:
@@ -124,35 +130,39 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.allocator.release(sequence)
 
-    def run(self) -> list[Outcome]:
+    def run(self) -> Results:
         """Compute one step.
 
-        If it fails, each of its sequences is tried alone: the one that is to blame is removed, the others are unharmed.
+        If it fails, each of its sequences is tried alone: those that are to blame are removed, the others unharmed.
 
         Returns:
-            What came out for sequences that are at their last token, and for those that failed. To go on, append a
-            token to the sequence; to end it, remove it.
+            What came out. To go on with a sequence, append a token to it; to end it, remove it.
         """
         shares = self._choose()
         if not shares:
-            return []
+            return _NOTHING
         self.steps += 1
         try:
-            return self._compute(shares)
+            return Results(*self._compute(shares), [])
         except Exception as error:
             if len(shares) == 1:
-                return [self._failed(shares[0].sequence, error)]
-        outcomes = []
+                return self._gathered([], [(shares[0].sequence, error)])
+        done: list[tuple[list[Sequence], np.ndarray]] = []
+        failed: list[tuple[Sequence, Exception]] = []
         for share in shares:
             try:
-                outcomes += self._compute([share])
+                done.append(self._compute([share]))
             except Exception as error:
-                outcomes.append(self._failed(share.sequence, error))
-        return outcomes
+                failed.append((share.sequence, error))
+        return self._gathered([one for one in done if one[0]], failed)
 
-    def _failed(self, sequence: Sequence, error: Exception) -> Outcome:
-        self.remove(sequence)
-        return Outcome(sequence, None, error)
+    def _gathered(
+        self, done: list[tuple[list[Sequence], np.ndarray]], failed: list[tuple[Sequence, Exception]]
+    ) -> Results:
+        for sequence, _ in failed:
+            self.remove(sequence)
+        sequences = [sequence for part, _ in done for sequence in part]
+        return Results(sequences, np.concatenate([rows for _, rows in done]) if done else _NOTHING.logits, failed)
 
     def _choose(self) -> list[Share]:
         """The parts of the next step: single tokens first, then prompts, each from the oldest sequence on."""
@@ -167,7 +177,7 @@ class Scheduler:
         for sequence in self.running:
             if (pending := sequence.length - sequence.cached) > 1 and left:
                 shares.append(Share(sequence, min(pending, left)))  # its blocks were reserved when it was admitted
-                left -= shares[-1].count
+                left -= shares[-1].size
         while left and self.waiting and len(self.running) < self._max_sequences:
             sequence = self.waiting[0]
             # A block to spare for each that runs already: else the newcomer would soon have to make room again.
@@ -177,7 +187,7 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
             sequence.running = True
             shares.append(Share(sequence, min(sequence.length, left)))
-            left -= shares[-1].count
+            left -= shares[-1].size
         return shares
 
     def _reserve(self, sequence: Sequence) -> bool:
@@ -198,18 +208,18 @@ class Scheduler:
                 return False
         return True
 
-    def _compute(self, shares: Items[Share]) -> list[Outcome]:
+    def _compute(self, shares: Items[Share]) -> tuple[list[Sequence], np.ndarray]:
         arguments, finished = self._arguments(shares)
         logits = self._step(*arguments)
         for share in shares:
-            share.sequence.cached += share.count
-        return [Outcome(sequence, row, None) for sequence, row in zip(finished, logits, strict=False)]
+            share.sequence.cached += share.size
+        return finished, logits[: len(finished)]
 
     def _arguments(self, shares: Items[Share]) -> tuple[tuple[np.ndarray, ...], list[Sequence]]:
         """The arrays of a step, and the sequences that its rows belong to."""
         number = len(shares)
         starts = np.zeros(number + 1, np.int32)
-        np.cumsum([share.count for share in shares], out=starts[1:])
+        np.cumsum([share.size for share in shares], out=starts[1:])
         total = int(starts[-1])
         tokens, positions = np.empty(total, np.int32), np.empty(total, np.int32)
         contexts = np.empty(number, np.int32)
@@ -238,3 +248,6 @@ class Scheduler:
         # A model always gives a row; if all tokens are amid prompts, that of the last is not looked at.
         wanted = np.array(rows or [total - 1], np.int32)
         return (tokens, positions, starts, contexts, table, wanted), finished
+
+
+_NOTHING = Results([], np.zeros((0, 0), np.float32), [])

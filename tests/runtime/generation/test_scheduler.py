@@ -27,10 +27,9 @@ def drive(made, sequences, counts, late=()):
             made.add(late.pop(0))
         if not made.running and not made.waiting:
             break
-        for sequence, logits, error in made.run():
-            if error is not None:
-                errors[sequence] = error
-                continue
+        found = made.run()
+        errors.update(found.failed)
+        for sequence, logits in zip(found.sequences, found.logits, strict=True):
             token = int(logits.argmax())
             texts[sequence].append(token)
             if len(texts[sequence]) == counts[sequence]:
@@ -96,17 +95,17 @@ def test_decoding_goes_on_while_a_long_prompt_comes_in(toy):
     made = scheduler(step, max_tokens=8)
     first = Sequence([1, 2, 3], 40)
     made.add(first)
-    made.run()[0].sequence.append(9)
+    made.run().sequences[0].append(9)
     made.add(Sequence(list(range(30)), 31))
-    (outcome,) = made.run()  # its next token, and 7 tokens of the prompt
-    assert outcome.sequence is first and step.shapes[-1] == (8, 2, 2, 1)
+    found = made.run()  # its next token, and 7 tokens of the prompt
+    assert found.sequences == [first] and step.shapes[-1] == (8, 2, 2, 1)
 
 
 def test_steps_amid_a_prompt_want_no_rows(toy):
     step = toy.Step(20)
     made = scheduler(step, max_tokens=4)
     made.add(Sequence(list(range(10)), 11))
-    assert [len(made.run()) for _ in range(3)] == [0, 0, 1]
+    assert [len(made.run().sequences) for _ in range(3)] == [0, 0, 1]
 
 
 def test_an_error_ends_the_sequence_that_is_to_blame(toy):
@@ -129,8 +128,9 @@ def test_a_removed_sequence_gives_its_blocks_back(toy):
     kept, gone, waits = (Sequence([n, n + 1, n + 2], 20) for n in (1, 5, 9))
     for sequence in (kept, gone):
         made.add(sequence)
-    for outcome in made.run():
-        outcome.sequence.append(int(outcome.logits.argmax()))
+    found = made.run()
+    for sequence, logits in zip(found.sequences, found.logits, strict=True):
+        sequence.append(int(logits.argmax()))
     made.add(waits)
     made.remove(gone)
     made.remove(waits)
@@ -138,7 +138,7 @@ def test_a_removed_sequence_gives_its_blocks_back(toy):
     assert made.allocator.owners == 1
     texts, _ = drive(made, [kept], {kept: 4})
     assert texts[kept] == toy.greedy([1, 2, 3], 5)[1:]
-    assert not made.run()
+    assert made.run().sequences == []
 
 
 def test_decode_steps_have_few_shapes(toy):

@@ -3,6 +3,7 @@
     python -m benchmarks.llm                                    # everything; run again to go on where it ended
     python -m benchmarks.llm --contenders tilewright/int4-g32,llama.cpp/Q4_0 --workloads decode-1
     python -m benchmarks.llm --model tiny --rounds 2 --turn 0.1 --starts 1       # tries everything out in a minute
+    python -m benchmarks.llm --build                            # only the artifacts, which are kept
     python -m benchmarks.llm --report                           # tables of what was measured so far
 
 Run it from the repository's folder. llama.cpp takes part where the extra ``bench-llm`` is installed, which compiles it
@@ -61,9 +62,11 @@ def forget(state: State, model: str) -> None:
         del state.results[name]
 
 
-def measure(bench: Bench, names: Sequence[str], workloads: Sequence[str]) -> bool:
+def measure(bench: Bench, names: Sequence[str], workloads: Sequence[str], *, only_build: bool) -> bool:
     """All stages while there is time; whether none failed and none is left."""
     try:
+        if only_build:
+            return bench.build(names) == list(names)
         bench.run(names, [WORKLOADS[name] for name in workloads])
     except Failed as error:
         say(str(error))
@@ -101,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder for artifacts, which stay (default: temporary)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON")
     parser.add_argument("--again", action="store_true", help="time all again; artifacts are kept")
+    parser.add_argument("--build", action="store_true", help="build the artifacts that are not there, and end")
     parser.add_argument("--report", action="store_true", help="tables and JSON of the state file, and end")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of tables")
     return parser.parse_args()
@@ -134,7 +138,7 @@ def main() -> int:
         bench = Bench(
             state, options.model, work, options.threads, options.turn, options.rounds, options.starts, deadline
         )
-        good = measure(bench, names, workloads)
+        good = measure(bench, names, workloads, only_build=options.build)
     record = write(state, options.model, skipped, options.output)
     text = report(state.machine, state.results, options.model, names, skipped)
     print(json.dumps(record, indent=1) if options.json else text)

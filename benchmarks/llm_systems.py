@@ -46,10 +46,12 @@ class LlamaCpp:
 
     def __init__(self, format: str, dimensions: Dimensions, folder: Path, threads: int, sequences: int) -> None:
         import ctypes
+        import logging
         import os
 
         import llama_cpp
 
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
         self.path, self.api, self.dimensions = folder / f"model.{format}.gguf", llama_cpp, dimensions
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), llama_cpp.llama_model_default_params())

@@ -27,6 +27,7 @@ from ...runtime.errors import CompileError
 from ..cache import Cache, key_of
 from ..targets import GLIBC_FLOOR, CompilerKind, Target
 from . import elf
+from .precompiled import PRECOMPILED, needs_intrinsics
 
 INCLUDE_DIRECTORY = Path(__file__).parents[1] / "templates" / "c"
 """Headers that kernels include."""
@@ -150,9 +151,10 @@ def compile_objects(
             if progress:
                 progress(source.name)
     if missing:
+        wanting = sum(needs_intrinsics(sources[index].text, include) for index in missing)
         pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
         try:
-            jobs = {pool.submit(compile_object, compiler, sources[i], flags, include): i for i in missing}
+            jobs = {pool.submit(compile_object, compiler, sources[i], flags, include, wanting): i for i in missing}
             for job in as_completed(jobs):
                 index = jobs[job]
                 objects[index] = job.result()
@@ -165,16 +167,26 @@ def compile_objects(
 
 
 def compile_object(
-    compiler: Compiler, source: Source, flags: Sequence[str], include: Path = INCLUDE_DIRECTORY
+    compiler: Compiler, source: Source, flags: Sequence[str], include: Path = INCLUDE_DIRECTORY, wanting: int = 1
 ) -> bytes:
     """Compile one source with exactly these flags; returns the object file.
+
+    Args:
+        compiler: who compiles.
+        source: the file.
+        flags: all of them.
+        include: directory of headers.
+        wanting: how many of the sources that are compiled with these flags include the processor's intrinsics.
 
     Raises:
         CompileError: it does not compile; names it and shows the compiler's first error.
     """
     with _workplace() as folder:
         (folder / f"{source.name}.c").write_text(source.text)
-        command = (*compiler.command, *flags, *_system_bindings(compiler), "-I", str(include))
+        command = (*compiler.command, *flags)
+        if compiler.kind == "gcc" and needs_intrinsics(source.text, include):
+            command += PRECOMPILED.options(command, wanting)
+        command += (*_system_bindings(compiler), "-I", str(include))
         prefixes = (f"-ffile-prefix-map={folder}=.", f"-ffile-prefix-map={include}=.")
         _run(
             (*command, *prefixes, "-c", f"{source.name}.c", "-o", "out.o"), folder, compiler, f"kernel {source.name!r}"

@@ -33,6 +33,8 @@ import jinja2
 import numpy as np
 import pytest
 
+from tilewright.codegen.c.precompiled import PRECOMPILED, needs_intrinsics
+
 TEMPLATES = Path(__file__).parents[2] / "codegen" / "templates" / "c"
 
 FLAGS = [
@@ -48,7 +50,6 @@ FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
     "-Werror",
-    "-shared",
 ]
 GCC_TARGETS = {
     "v3": ["-march=x86-64-v3", "-mprefer-vector-width=256"],
@@ -146,7 +147,10 @@ class Native:
             command = [str(Path(specification.origin).parent / "zig"), "cc", *FLAGS, *ZIG_TARGETS[target]]
         else:
             command = [compiler, *FLAGS, *GCC_TARGETS[target], *(SANITIZE if self.sanitize else ())]
-        command += [*flags, "-I", str(TEMPLATES)]
+        command += flags
+        if compiler == "gcc" and needs_intrinsics(source, TEMPLATES):
+            command += PRECOMPILED.options(command, wanting=2)
+        command += ["-shared", "-I", str(TEMPLATES)]
         key = hashlib.sha256("\0".join([source, *command]).encode()).hexdigest()[:20]
         library = self.folder / f"{key}.so"
         if not library.exists():

@@ -1,0 +1,53 @@
+"""Precompiled intrinsics: the objects are the same with and without, and they are made only where they pay."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tilewright.codegen.c import precompiled, toolchain
+from tilewright.codegen.c.toolchain import COMPILE_FLAGS, INCLUDE_DIRECTORY, Source, compile_object, compile_objects
+from tilewright.codegen.targets import parse
+
+TEXT = '#include "tw_sums.h"\nfloat total(const float *x) {{ return x[0] + {number}; }}\n'
+TARGET = parse("cpu:x86-64-v3", frozenset())
+
+
+@pytest.fixture
+def gcc(monkeypatch):
+    """The system's GCC, and headers of this test's own."""
+    found = [compiler for compiler in toolchain.available_compilers() if compiler.kind == "gcc"]
+    if not found:
+        pytest.skip("no GCC")
+    monkeypatch.setattr(toolchain, "PRECOMPILED", precompiled.Precompiled())
+    return found[0]
+
+
+def made() -> list[Path]:
+    folder = toolchain.PRECOMPILED._folder
+    return sorted(Path(folder.name).glob("*.gch")) if folder else []
+
+
+def test_objects_are_the_same(gcc):
+    sources = [Source(f"k{number}", TEXT.format(number=number)) for number in range(2)]
+    flags = (*COMPILE_FLAGS, *TARGET.flags("gcc"))
+    without = [compile_object(gcc, source, flags) for source in sources]
+    assert not made(), "one source alone is no reason"
+    assert compile_objects(gcc, sources, TARGET) == without
+    assert len(made()) == 1
+    compile_objects(gcc, [Source("k2", TEXT.format(number=2))], TARGET)
+    assert len(made()) == 1, "what is there is used"
+    shutil.rmtree(toolchain.PRECOMPILED._folder.name)
+    assert compile_objects(gcc, sources, TARGET) == without, "it may be tidied up by others"
+    broken = toolchain.PRECOMPILED.options((*gcc.command, "-no-such-flag"), 2)
+    assert broken == () == toolchain.PRECOMPILED.options((*gcc.command, "-no-such-flag"), 2)
+
+
+def test_finds_out_who_needs_them():
+    needs = precompiled.needs_intrinsics
+    assert needs('#include "tw_attention.h"\n', INCLUDE_DIRECTORY) and needs(
+        "# include <immintrin.h>", INCLUDE_DIRECTORY
+    )
+    assert not needs('#include "tw_math.h"\n/* immintrin.h */\n', INCLUDE_DIRECTORY)

@@ -17,6 +17,8 @@ would spoil, in float32 up to where it is bounded again:
   would round it anew, and no later layer takes that error away (BERT-base's pooled output is off by 4 to 6 % of its
   largest value in bfloat16, by half of that with a float32 stream). Norms compute in float32 anyway, and products still
   read half precision. Residual sums of convolutional networks, which no such norm reads, are in half precision.
+
+Caches of keys and values keep the type that was chosen for them.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import torch
 from torch import fx
 
 from .base import Pass, Report
+from .graph.caches import caches
 from .graph.edit import faking, insert, value_of
 from .graph.program import Program
 from .graph.query import SMALL, arguments, aten, is_call, tensor_of
@@ -100,6 +103,7 @@ class _Narrowing:
         """Fill the tables, in graph order."""
         self._fixed: set[fx.Node] = set()  # of any dtype: depends on neither inputs nor states, nor their sizes
         self._residual = _residual_stream(self.graph)
+        self._caches = caches(self.graph)
         for node in self.graph.nodes:
             if node.op == "get_attr" or (node.op == "call_function" and self._fixed.issuperset(node.all_input_nodes)):
                 self._fixed.add(node)
@@ -140,6 +144,8 @@ class _Narrowing:
 
     def _is_float(self, node: fx.Node) -> bool:
         """Whether a value (or a part of it) is of a dtype to be replaced."""
+        if node in self._caches:
+            return False
         value = node.meta.get("val")
         parts = value if isinstance(value, tuple | list) else (value,)
         kinds = {torch.float32, torch.float16, torch.bfloat16} - {self.dtype}

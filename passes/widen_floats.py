@@ -5,7 +5,7 @@ After:   y = to(op(to(x, float32), to(w, float32)), y's dtype)
 
 Conversions stand at the borders only: after inputs, states and constants, before outputs and new states. Nothing is
 lost: every half-precision number is a float32, and intermediate values keep the digits that they would have been
-rounded to.
+rounded to. Caches stay as they are: what is appended to them is rounded to their type in any case.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from .base import Pass, Report
+from .graph.caches import caches
 from .graph.edit import faking, insert, value_of
 from .graph.program import Program
 
@@ -29,7 +30,8 @@ class WidenFloats(Pass):
     def run(self, program: Program, report: Report) -> None:
         """Rewrite the program in place."""
         graph = program.graph
-        halves = [node for node in graph.nodes if _is_half(node)]
+        kept = caches(graph)
+        halves = [node for node in graph.nodes if _is_half(node) and node not in kept]
         computed = [node for node in halves if node.op == "call_function" and not _at_border(node)]
         if not computed:
             return

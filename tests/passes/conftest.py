@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from tilewright.compiler.capture import capture
 from tilewright.passes.base import Pass, Report
+from tilewright.passes.graph.cache_ops import BLOCK
 from tilewright.passes.graph.printer import show as show_program
 from tilewright.passes.graph.program import Program
 from tilewright.passes.verify import check_shapes, fixed_symbols
@@ -48,6 +49,35 @@ def exported():
     ``dynamic_shapes`` is what ``capture`` takes: dimension language per input, or as ``torch.export`` has them.
     """
     return _exported
+
+
+class CachedStep(nn.Module):
+    """Five tokens of two sequences: appended to a cache, then attending to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(16, 32)
+
+    def forward(self, x, positions, starts, contexts, table, keys, values):
+        q, k, v = self.project(x).unflatten(-1, (4, 8)).split((2, 1, 1), 1)
+        ops = torch.ops.tilewright
+        keys = ops.cache_append(keys, k, positions, starts, table, True)
+        values = ops.cache_append(values, v, positions, starts, table, False)
+        return ops.paged_attention(q, keys, values, positions, starts, contexts, table, 0.3, 0), keys, values
+
+
+@pytest.fixture(scope="session")
+def cached_step():
+    """``cached_step(dtype, cache)``: a module that computes in one type over caches of another, and its inputs."""
+
+    def make(dtype, cache):
+        torch.manual_seed(0)
+        integers = [torch.tensor(item, dtype=torch.int32) for item in ([33, 34, 0, 1, 2], [0, 2, 5], [35, 3])]
+        table = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+        caches = (torch.randn(4, 1, 8, BLOCK, dtype=cache), torch.randn(4, 1, BLOCK, 8, dtype=cache))
+        return CachedStep().to(dtype), (torch.randn(5, 16, dtype=dtype), *integers, table, *caches)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -228,3 +228,14 @@ def test_residuals_of_convolutional_networks_are_narrowed(exported, run_pass, dt
     program = exported(Block(), torch.randn(1, 4, 6, 6))
     run_pass(NarrowFloats(dtype), program, tolerance=TOLERANCES[dtype])
     assert set(dtypes(program, "add", "group_norm", "conv2d")) == {dtype}
+
+
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16], ids=str)
+def test_caches_keep_their_type(exported, run_pass, cached_step, cache):
+    module, inputs = cached_step(torch.float32, cache)
+    program = exported(module, *inputs)
+    run_pass(NarrowFloats(torch.bfloat16), program, tolerance=TOLERANCES[torch.bfloat16])
+    assert dtypes(program, "tilewright.paged_attention") == [torch.bfloat16]
+    appended = [node for node in program.graph.nodes if "cache_append" in str(node.target)]
+    assert [node.meta["val"].dtype for node in appended] == [cache, cache]
+    assert all(node.args[0].op == "placeholder" for node in appended)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.export import Dim
 from torch.nn import functional
 
+from tilewright.passes.graph.cache_ops import CACHE_APPEND, PAGED_ATTENTION
 from tilewright.passes.verify import error_of
 from tilewright.passes.widen_floats import HALVES, WidenFloats
 
@@ -77,3 +78,16 @@ def test_results_of_other_dtypes_keep_theirs(exported, run_pass):
     before = [value.dtype for value in program.run(program.sample)]
     run_pass(WidenFloats(), program)
     assert [value.dtype for value in program.run(program.sample)] == before
+
+
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16])
+def test_caches_keep_their_type(exported, run_pass, cached_step, cache):
+    module, inputs = cached_step(torch.bfloat16, cache)
+    program = exported(module, *inputs)
+    run_pass(WidenFloats(), program, tolerance=2e-2)
+    calls = {node.target: node for node in program.graph.nodes if node.op == "call_function"}
+    assert calls[PAGED_ATTENTION].meta["val"].dtype == torch.float32
+    assert calls[CACHE_APPEND].meta["val"].dtype == cache
+    assert all(node.op in ("placeholder", "call_function") and node.meta["val"].dtype == cache
+               for node in calls[PAGED_ATTENTION].args[1:3])  # fmt: skip
+    assert calls[CACHE_APPEND].args[0].op == "placeholder"

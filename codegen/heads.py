@@ -87,13 +87,7 @@ class Heads:
         Raises:
             CompileError: something other than a permutation and reshapes follows the anchor.
         """
-        results = self.work.frame.results()
-        (returned,) = next(node for node in self.work.task.nested.graph.nodes if node.op == "output").args
-        if len(results) != 1 or not isinstance(returned, fx.Node):
-            raise CompileError(f"{self.work.anchor}: an attention region has one result")
-        order = memory_order(self.work.anchor, returned)
-        index = (*self.outer, 0 if self.queries == 1 else "i", column)
-        return results[0].name, _offset(self.work.shape(), order, index)
+        return result_offset(self.work, (*self.outer, 0 if self.queries == 1 else "i", column))
 
 
 def heads_of(work: Anchored) -> Heads:
@@ -141,6 +135,19 @@ def heads_of(work: Anchored) -> Heads:
         value=broadcast(v, (*key_lead, keys, dv)),
         mask=None if mask is None else broadcast(mask, (*lead, queries, keys)),
     )
+
+
+def result_offset(work: Anchored, index: tuple[Size, ...]) -> tuple[str, Size]:
+    """The parameter of the result and the offset of an element of the anchor, where the views after it put it.
+
+    Raises:
+        CompileError: something other than a permutation and reshapes follows the anchor.
+    """
+    results = work.frame.results()
+    (returned,) = next(node for node in work.task.nested.graph.nodes if node.op == "output").args
+    if len(results) != 1 or not isinstance(returned, fx.Node):
+        raise CompileError(f"{work.anchor}: an attention region has one result")
+    return results[0].name, _offset(work.shape(), memory_order(work.anchor, returned), index)
 
 
 def memory_order(anchor: fx.Node, returned: fx.Node) -> list[int]:

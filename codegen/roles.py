@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..passes.graph import ops as tilewright_ops  # noqa: F401 - registers our operators
 from ..passes.graph.roles import Anchor, Roles
-from .c import attention, convolution, matmul
+from .c import attention, cache_append, convolution, matmul, paged_attention
 from .registry import all_lowerings
 from .values import LANES
 
@@ -17,6 +17,15 @@ _ANCHORS = {
     **dict.fromkeys(convolution.TARGETS, Anchor("convolution", (0,))),
     **dict.fromkeys(attention.TARGETS, Anchor("attention", (0, 1, 2), epilogue=False, tail=True)),
 }
+_ANCHORS_OF = {
+    "cpu": {
+        **dict.fromkeys(cache_append.TARGETS, Anchor("cache_append", (1,), epilogue=False, inlines=(1,), updates=0)),
+        **dict.fromkeys(
+            paged_attention.TARGETS, Anchor("paged_attention", (0,), epilogue=False, tail=True, inlines=(0,))
+        ),
+    },
+    "cuda": {},
+}  # those that only some kinds of device have kernels for
 
 
 def fusion_roles(device: str = "cpu") -> Roles:
@@ -34,4 +43,4 @@ def fusion_roles(device: str = "cpu") -> Roles:
         frozenset(groups.get(role, ())) for role in ("pointwise", "view", "gather", "reduction", "window")
     )
     image_layout = "channels16" if device == "cpu" else "channels_last"
-    return Roles(pointwise, view, gather, reduction, window, dict(_ANCHORS), image_layout, LANES)
+    return Roles(pointwise, view, gather, reduction, window, _ANCHORS | _ANCHORS_OF[device], image_layout, LANES)

@@ -44,7 +44,16 @@ _ROLES = {
         "One kernel that never stores the scores; masks, causal order and grouped queries included. The head's width "
         "must be fixed.",
     ),
+    "cache_append": (
+        "Appending to a cache",
+        "Rows of keys or values go to their places in a paged cache, in the memory of the state that it is. On CPUs.",
+    ),
+    "paged_attention": (
+        "Attention over a paged cache",
+        "Tokens of several sequences, each over its own blocks of the caches, float32 or bfloat16. On CPUs.",
+    ),
 }
+_FAMILIES = ("matmul", "convolution", "attention", "cache_append", "paged_attention")
 
 NO_KERNEL = {
     "AffineGrid": "affine_grid_generator",
@@ -91,7 +100,7 @@ def text() -> str:
     parts = [_INTRODUCTION]
     for role, names in documented_roles().items():
         title, words = _ROLES[role]
-        kind = "kernel family" if role in ("matmul", "convolution", "attention") else "role"
+        kind = "kernel family" if role in _FAMILIES else "role"
         parts.append(f"### {title} ({kind} `{role}`)\n\n{_fill(words)}\n\n{_fill(_listing(names))}\n")
     parts.append(
         "### Written differently first\n\n"

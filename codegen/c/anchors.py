@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ...passes.graph.query import arguments
 from ...runtime import sizes
+from ...runtime.errors import CompileError
 from ...runtime.sizes import Size
 from .. import anchors
 from ..expr import Expr, coefficient
@@ -81,9 +83,24 @@ class Anchored(anchors.Anchored):
         outside = Scope(Emitter(self.kernel.builder, self.storage_dtypes()), None, outer)
         return outside, outside.child(inner, "acc")
 
-    def code(self, template: str, *, family: str, units: Size, flops: Size, **context: object) -> KernelCode:
-        """Render the template into a kernel."""
-        symbols = self.symbols(units, flops)
+    def pointers(self, *names: str) -> dict[str, str]:
+        """The buffers of operands that the template reads as they lie in memory, by the operands' names.
+
+        Raises:
+            CompileError: an operand has no buffer, because it is known when compiling.
+        """
+        given = arguments(self.anchor)
+        values = {name: self.operand(given[name]) for name in names}
+        for name, value in values.items():
+            if value is None or not value.buffer or value.layout != "rows":
+                raise CompileError(f"{self.anchor}: {name} must be given when the model is called")
+        return {name: value.buffer for name, value in values.items() if value is not None}
+
+    def code(
+        self, template: str, *, family: str, units: Size, flops: Size, bytes: Size | None = None, **context: object
+    ) -> KernelCode:
+        """Render the template into a kernel; ``bytes`` moved are those of all parameters unless they are given."""
+        symbols = self.symbols(units, flops, *(() if bytes is None else (bytes,)))
         lines = "\n".join([*prelude(self.frame.parameters, symbols), *(f"(void){name};" for name in symbols)])
         headers = ["tw_math.h"]
         if any(parameter.dtype == "bfloat16" for parameter in self.frame.results()):
@@ -97,7 +114,7 @@ class Anchored(anchors.Anchored):
             symbols=symbols,
             units=units,
             flops=flops,
-            bytes=sizes.add(*(parameter.bytes() for parameter in self.frame.parameters)),
+            bytes=sizes.add(*(item.bytes() for item in self.frame.parameters)) if bytes is None else bytes,
             parameters=self.frame.parameters,
         )
 

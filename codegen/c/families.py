@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from ..regions import Family
 from .attention import attention_family
+from .cache_append import cache_append_family
 from .convolution import convolution_family
 from .loops import loop_family
 from .matmul import matmul_family
+from .paged_attention import paged_attention_family
 
 FAMILIES: dict[str, Family] = {
     "attention": attention_family,
+    "cache_append": cache_append_family,
     "loop": loop_family,
     "matmul": matmul_family,
     "convolution": convolution_family,
+    "paged_attention": paged_attention_family,
 }

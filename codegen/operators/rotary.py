@@ -30,7 +30,7 @@ def _rotary(region: Region, node: fx.Node, x: Value, cos: Value, sin: Value, int
             is_first = builder.call("eq", "bool", builder.index(second), builder.const(0, "int64"))
             other_of_first, other_of_second = sizes.add(column, 1), sizes.add(column, -1)
         else:
-            is_first = builder.call("lt", "bool", builder.index(column), builder.index(half))
+            is_first = builder.inside(column, 0, half, kernel.ranges) or builder.const(True, "bool")
             other_of_first, other_of_second = sizes.add(column, half), sizes.sub(column, half)
             pair = kernel.split(column, half)[1] if per_pair else column
         is_second = builder.call("not", "bool", is_first)

@@ -14,6 +14,7 @@ from torch import fx
 
 from ..graph.edit import same_shape, tensor_shape
 from ..graph.layouts import BLOCKED, reads_image
+from ..graph.ops import ROTARY_EMBEDDING
 from ..graph.query import arguments, aten
 from ..graph.roles import Roles
 from .grouping import Vertex
@@ -80,7 +81,7 @@ def admit(vertex: Vertex, node: fx.Node, roles: Roles) -> Admission | str:
         return f"the kernel of {vertex.root} is long enough"
     before = next((use.user for use in uses if part(use.user, roles) == "anchor"), None)
     if before is not None and not (what in ("pointwise", "assembled") and _is_mask(before, uses[0].operand)):
-        if all(_converts_gathered(use, node, roles) for use in uses):
+        if all(_converts_gathered(use, node, roles) or _inlines(use, node, what, roles) for use in uses):
             return Admission(inf, "other", False)
         return f"{before} takes in nothing but views of its operands"
     if vertex.family != "loop" and what not in ("pointwise", "assembled"):
@@ -195,6 +196,15 @@ def _converts_gathered(use: Use, node: fx.Node, roles: Roles) -> bool:
         return False
     gathers = roles.image_layout == BLOCKED and not reads_image(use.user, roles)
     return gathers and _positions(use.user, use.operand) == [0]
+
+
+def _inlines(use: Use, node: fx.Node, what: str, roles: Roles) -> bool:
+    """Whether an anchor reads each element of a value once and may compute it then."""
+    anchor = roles.anchors.get(use.user.target)
+    if anchor is None or (what != "pointwise" and node.target is not ROTARY_EMBEDDING):
+        return False
+    repeats = any(operator_name(view).startswith(("expand", "broadcast_to")) for view in use.path)
+    return not repeats and set(_positions(use.user, use.operand)) <= set(anchor.inlines)
 
 
 def _is_mask(user: fx.Node, operand: fx.Node) -> bool:

@@ -16,12 +16,17 @@ class Anchor:
         epilogue: whether pointwise operators of the result's shape may follow inside the region.
         tail: whether a permutation or transpose of the result, then a reshape, may end the region (the kernel stores in
             that order).
+        inlines: positions among ``data`` of operands whose elements the kernel may compute while it reads them: it
+            reads each once. Conversions, cheap pointwise operators and rotary embeddings then belong to the region.
+        updates: the operand whose memory the result takes, for operators that change a state in place.
     """
 
     family: str
     data: tuple[int, ...]
     epilogue: bool = True
     tail: bool = False
+    inlines: tuple[int, ...] = ()
+    updates: int | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from ..errors import InputError, UsageError
 
 MAX_LOGPROBS = 100
 MAX_SEED = 2**64 - 1
-_FIRST_GUESS = 256  # tokens among which the nucleus of top-p is looked for first
+_BINS, _BINS_PER_UNIT = 1024, 16  # of logits, below the largest
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,7 @@ class Sampler:
         with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to minus infinity, as it should
             shifted = (logits - best) / np.float32(max(self._heat, 1e-30))
         ids = _filtered(shifted, self.params)
-        weights = np.exp(shifted if ids is None else shifted[ids]).cumsum(dtype=np.float64)
-        place = int(np.searchsorted(weights, self._random.random() * weights[-1], side="right"))
-        place = min(place, len(weights) - 1)
+        place = _place(np.exp(shifted if ids is None else shifted[ids]), self._random.random())
         return place if ids is None else int(ids[place])
 
 
@@ -205,7 +204,8 @@ def logprobs_of(logits: np.ndarray, token: int, count: int) -> Logprobs:
     """Log-probabilities of a token and of the ``count`` likeliest, in falling order; equal ones by rising id."""
     best = logits.max()
     total = float(best) + math.log(float(np.exp(logits - best).sum(dtype=np.float64)))
-    ids = _largest(logits, min(count, len(logits))) if count else np.zeros(0, np.int64)
+    ids = _largest(logits, count) if count else np.zeros(0, np.int64)
+    ids = ids[np.argsort(-logits[ids], kind="stable")]
     top = tuple(zip(ids.tolist(), (logits[ids].astype(np.float64) - total).tolist(), strict=True))
     return Logprobs(float(logits[token]) - total, top)
 
@@ -232,54 +232,72 @@ def _checked(token: int, value: float) -> Choice | InputError:
 
 
 def _filtered(shifted: np.ndarray, params: SamplingParams) -> np.ndarray | None:
-    """Ids of the tokens to draw from, likeliest first, or None for all.
+    """Ids of the tokens to draw from, rising, or None for all.
 
-    All filters keep a beginning of the same order, so they can be applied to whatever was sorted.
+    Args:
+        shifted: logits over the temperature, less the largest: float32 [vocabulary].
+        params: the filters.
     """
-    size = len(shifted)
-    if params.top_k is not None and params.top_k < size:
+    ids: np.ndarray | None = None
+    if params.top_k is not None and params.top_k < len(shifted):
         ids = _largest(shifted, params.top_k)
-        if params.top_p is not None and params.top_p < 1:
-            weights = np.exp(shifted[ids]).cumsum(dtype=np.float64)
-            ids = ids[: _reaching(weights, params.top_p * weights[-1])]
-    elif params.top_p is not None and params.top_p < 1:
-        ids = _nucleus(shifted, params.top_p)
-    elif params.min_p:
-        ids = np.flatnonzero(shifted >= math.log(params.min_p))
-        return ids[np.argsort(-shifted[ids], kind="stable")]
-    else:
-        return None
+    if params.top_p is not None and params.top_p < 1:
+        kept = _nucleus(shifted if ids is None else shifted[ids], params.top_p)
+        ids = kept if ids is None else ids[kept]
     if params.min_p:
-        ids = ids[: max(int(np.count_nonzero(shifted[ids] >= math.log(params.min_p))), 1)]
+        kept = np.flatnonzero((shifted if ids is None else shifted[ids]) >= math.log(params.min_p))
+        ids = kept if ids is None else ids[kept]
     return ids
 
 
 def _nucleus(shifted: np.ndarray, share: float) -> np.ndarray:
-    """The likeliest tokens that have a share of the probability, sorting no more of them than it takes."""
-    wanted = share * float(np.exp(shifted).sum(dtype=np.float64))
-    count = min(_FIRST_GUESS, len(shifted))
-    while True:
-        ids = _largest(shifted, count)
-        weights = np.exp(shifted[ids]).cumsum(dtype=np.float64)
-        if weights[-1] >= wanted or count == len(shifted):
-            return ids[: _reaching(weights, wanted)]
-        count = min(8 * count, len(shifted))
+    """The fewest largest values whose exponentials have a share of the sum: indices, rising; of equal ones the first.
 
-
-def _reaching(weights: np.ndarray, wanted: float) -> int:
-    """How many of the first entries it takes for a cumulative sum to reach a value."""
-    return min(int(np.searchsorted(weights, wanted, side="left")) + 1, len(weights))
+    Values, at most 0, go into bins by size, and only the bin in which the sum reaches the share is sorted. Sorting
+    all would take many times as long.
+    """
+    weights = np.exp(shifted)
+    bins = np.minimum(shifted * np.float32(-_BINS_PER_UNIT), np.float32(_BINS - 1)).astype(np.int64)
+    mass = np.bincount(bins, weights, _BINS).cumsum()
+    wanted = share * mass[-1]
+    last = int(np.searchsorted(mass, wanted, side="left"))
+    inside = np.flatnonzero(bins == last)
+    inside = inside[np.argsort(-shifted[inside], kind="stable")]
+    sums = weights[inside].cumsum(dtype=np.float64) + (mass[last - 1] if last else 0.0)
+    inside = inside[: int(np.searchsorted(sums, wanted, side="left")) + 1]
+    return np.sort(np.concatenate((np.flatnonzero(bins < last), inside)))
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the ``count`` largest values in falling order; equal ones by rising index."""
+    """Indices of the ``count`` largest values, rising; of equal ones the first."""
     size = len(values)
-    if count < size:
-        threshold = np.partition(values, size - count)[size - count]
-        ids = np.flatnonzero(values >= threshold)
-    else:
-        ids = np.arange(size)
-    return ids[np.argsort(-values[ids], kind="stable")][:count]
+    if count >= size:
+        return np.arange(size)
+    threshold = np.partition(values, size - count)[size - count]
+    ids = np.flatnonzero(values >= threshold)
+    if len(ids) > count:
+        equal = values[ids] == threshold
+        ids = ids[~equal | (np.cumsum(equal) <= count - np.count_nonzero(~equal))]
+    return ids
+
+
+def _place(weights: np.ndarray, at: float) -> int:
+    """The index at which the cumulative sum of weights passes a share ``at`` in [0, 1) of the whole.
+
+    First among sums of chunks, then inside of one: cumulative sums in float64 of all would take several times as long.
+    """
+    size = len(weights)
+    whole = size - size % _CHUNK
+    sums = weights[:whole].reshape(-1, _CHUNK).sum(axis=1, dtype=np.float64)
+    chunks = np.append(sums, weights[whole:].sum(dtype=np.float64)).cumsum()
+    wanted = at * chunks[-1]
+    chunk = min(int(np.searchsorted(chunks, wanted, side="right")), len(chunks) - 1)
+    begin = chunk * _CHUNK
+    inner = weights[begin : begin + _CHUNK].cumsum(dtype=np.float64)
+    place = int(np.searchsorted(inner, wanted - (chunks[chunk - 1] if chunk else 0.0), side="right"))
+    if place == len(inner):  # by rounding; what has no weight must not be chosen
+        place = int(np.searchsorted(inner, inner[-1], side="left"))
+    return begin + place
 
 
 def _whole(name: str, value: Any, low: int, high: int | None, hint: str = "") -> None:

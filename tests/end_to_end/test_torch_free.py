@@ -55,6 +55,7 @@ def test_artifacts_run_without_torch(name, tmp_path):
             except tilewright.TilewrightError as error:
                 assert type(error).__name__ == "ShapeError"
             model.profile(x)
+        assert not [name for name in sys.modules if ".generation" in name]
         """,
         str(tmp_path),
     )

@@ -13,6 +13,8 @@ from tilewright.runtime.generation.sampling import (
     Sampler,
     SamplingParams,
     _filtered,
+    _largest,
+    _place,
     choose_all,
     logprobs_of,
 )
@@ -52,8 +54,33 @@ def test_filters_keep_what_they_say(filters, seed):
     logits[17] = logits[3]  # equal ones go by their ids
     shifted = (logits - logits.max()) / np.float32(0.7)
     ids = _filtered(shifted, params)
-    expected = kept(logits, params)
-    assert (list(range(2000)) if ids is None else ids.tolist()) == (expected if ids is not None else sorted(expected))
+    assert (list(range(2000)) if ids is None else ids.tolist()) == sorted(kept(logits, params))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_place_is_where_the_cumulative_sum_passes(seed):
+    print(f"seed {seed}")
+    random = np.random.default_rng(seed)
+    for size in (1, 3, 511, 512, 513, 2000):
+        weights = random.random(size).astype(np.float32) * (random.random(size) < 0.5)
+        weights[random.integers(size)] = 1
+        sums = weights.astype(np.float64).cumsum()
+        for at in (0.0, 1 - 2**-53, *random.random(30)):
+            place = _place(weights, at)
+            assert weights[place] > 0
+            below = sums[place] - weights[place]
+            assert below - 1e-9 <= at * sums[-1] <= sums[place] + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_largest_are_found_with_ties(seed):
+    print(f"seed {seed}")
+    random = np.random.default_rng(seed)
+    for size in (1, 7, 100):
+        values = random.integers(0, 5, size).astype(np.float32)
+        for count in range(1, size + 2):
+            order = sorted(range(size), key=lambda index: (-values[index], index))  # noqa: B023
+            assert _largest(values, count).tolist() == sorted(order[:count])
 
 
 def test_draws_have_the_right_frequencies():

@@ -5,6 +5,11 @@
  * addresses of the rows change from tap to tap, so the sums stay in registers over all taps and channels. A tap that
  * falls outside the image reads zeros.
  *
+ * With 16 registers of 8 floats, a tile of floats is computed as two of TW_MR / 2 rows and all 32 columns. Three
+ * broadcast pixels are then held while the panel streams past, whole lines of it and each line once a tile; the other
+ * cut, TW_MR rows by 16 columns, would read every second line of the panel twice, from half of the sets of the first
+ * cache, and all pixels again for the other half of the columns.
+ *
  * There are two KINDs of images: f32, whose words are floats, and bf16, whose words are two neighbouring channels, as in
  * tw_words.h, which must be included first. Distances count words. A template instantiates the functions that it calls:
  *
@@ -39,6 +44,34 @@ enum { TW_BLOCK_f32 = 16, TW_BLOCK_bf16 = 8 }; /* words in a block of channels *
         TW_REPEAT_##ROWS(TW_STEP_narrow) \
     }
 
+#if TW_LANES * 2 < TW_PANEL
+/* All 32 columns of up to TW_MR / 2 rows: one vector of the panel after another is multiplied by all pixels. */
+#define TW_ZERO_f32_wide(r) tw_vec w##r = {0}, x##r = {0}, y##r = {0}, z##r = {0};
+#define TW_RESUME_f32_wide(r) \
+    w##r = tw_load(sums + r * TW_PANEL), x##r = tw_load(sums + r * TW_PANEL + 8); \
+    y##r = tw_load(sums + r * TW_PANEL + 16), z##r = tw_load(sums + r * TW_PANEL + 24);
+#define TW_FINISH_f32_wide(r) \
+    tw_store(sums + r * TW_PANEL, w##r), tw_store(sums + r * TW_PANEL + 8, x##r); \
+    tw_store(sums + r * TW_PANEL + 16, y##r), tw_store(sums + r * TW_PANEL + 24, z##r);
+#define TW_PIXEL_f32_wide(r) const tw_vec c##r = a##r[k] - (tw_vec){0};
+#define TW_STEP_w(r) w##r += c##r * b0;
+#define TW_STEP_x(r) x##r += c##r * b1;
+#define TW_STEP_y(r) y##r += c##r * b2;
+#define TW_STEP_z(r) z##r += c##r * b3;
+#define TW_STEPS_f32_wide(ROWS) \
+    { \
+        TW_REPEAT_##ROWS(TW_PIXEL_f32_wide) \
+        const tw_vec b0 = tw_load(b); \
+        TW_REPEAT_##ROWS(TW_STEP_w) \
+        const tw_vec b1 = tw_load(b + 8); \
+        TW_REPEAT_##ROWS(TW_STEP_x) \
+        const tw_vec b2 = tw_load(b + 16); \
+        TW_REPEAT_##ROWS(TW_STEP_y) \
+        const tw_vec b3 = tw_load(b + 24); \
+        TW_REPEAT_##ROWS(TW_STEP_z) \
+    }
+#endif
+
 /* The image and the kernel that slides over it. */
 typedef struct {
     const void *image;      /* first channel block of this image and group */
@@ -66,38 +99,61 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
     return mask;
 }
 
-/* Call the function of a panel (NAME_<rows>) or of its first 16 columns (NAME_narrow_<rows>), by the number of rows. */
+/* Call the function of a panel (NAME_<rows>), of its first 16 columns (NAME_narrow_<rows>) or of fewer rows
+ * (NAME_wide_<rows>), by the number of rows. Functions get b, sums, the first row, and what else there is. */
 #if TW_LANES == 16
 #define TW_FOR_EACH_WIDTH(DEFINE, KIND) TW_FOR_EACH_ROWS(DEFINE##_##KIND) TW_FOR_EACH_ROWS(DEFINE##_##KIND##_narrow)
-#define TW_CALL_PANEL(NAME, rows, columns, b, sums, ...) \
+#define TW_CALL_PANEL(KIND, NAME, rows, columns, b, sums, ...) \
     if ((columns) > 16) { \
-        TW_SWITCH_ROWS(NAME##_, rows, b, sums, __VA_ARGS__) \
+        TW_SWITCH_ROWS(NAME##_, rows, b, sums, 0, __VA_ARGS__) \
     } else { \
-        TW_SWITCH_ROWS(NAME##_narrow_, rows, b, sums, __VA_ARGS__) \
+        TW_SWITCH_ROWS(NAME##_narrow_, rows, b, sums, 0, __VA_ARGS__) \
     }
+#define TW_UNROLLED
 #else
-#define TW_FOR_EACH_WIDTH(DEFINE, KIND) TW_FOR_EACH_ROWS(DEFINE##_##KIND)
-#define TW_CALL_PANEL(NAME, rows, columns, b, sums, ...) \
-    TW_SWITCH_ROWS(NAME##_, rows, b, sums, __VA_ARGS__) \
+#define TW_FOR_EACH_WIDTH(DEFINE, KIND) TW_FOR_EACH_WIDTH_##KIND(DEFINE##_##KIND)
+#define TW_FOR_EACH_WIDTH_bf16(DEFINE) TW_FOR_EACH_ROWS(DEFINE)
+#define TW_FOR_EACH_WIDTH_f32(DEFINE) TW_FOR_EACH_ROWS(DEFINE) DEFINE##_wide(1) DEFINE##_wide(2) DEFINE##_wide(3)
+#define TW_CALL_PANEL(KIND, NAME, rows, columns, b, sums, ...) \
+    TW_CALL_PANEL_##KIND(NAME, rows, columns, b, sums, __VA_ARGS__)
+#define TW_CALL_PANEL_bf16(NAME, rows, columns, b, sums, ...) \
+    TW_SWITCH_ROWS(NAME##_, rows, b, sums, 0, __VA_ARGS__) \
     if ((columns) > 16) { \
-        TW_SWITCH_ROWS(NAME##_, rows, b + 16, sums + 16, __VA_ARGS__) \
+        TW_SWITCH_ROWS(NAME##_, rows, b + 16, sums + 16, 0, __VA_ARGS__) \
     }
+#define TW_CALL_PANEL_f32(NAME, rows, columns, b, sums, ...) \
+    if ((columns) > 16) { \
+        const int64_t half = (rows + 1) / 2; \
+        TW_SWITCH_HALF(NAME##_wide_, half, b, sums, 0, __VA_ARGS__) \
+        TW_SWITCH_HALF(NAME##_wide_, rows - half, b, sums + half * TW_PANEL, half, __VA_ARGS__) \
+    } else { \
+        TW_SWITCH_ROWS(NAME##_, rows, b, sums, 0, __VA_ARGS__) \
+    }
+#define TW_SWITCH_HALF(function, rows, ...) \
+    switch (rows) { \
+        TW_CASE(function, 1, __VA_ARGS__) TW_CASE(function, 2, __VA_ARGS__) TW_CASE(function, 3, __VA_ARGS__) \
+    }
+/* Leaving a loop of 16 short steps costs as much as several of them. */
+#define TW_UNROLLED _Pragma("GCC unroll 16")
 #endif
 
 /* b += the steps of one block of channels, whose length is known but in the last block. */
 #define TW_STEPS_OF_BLOCK(KIND, WIDTH, ROWS) \
     if (depth == TW_BLOCK_##KIND) { \
+        TW_UNROLLED \
         for (int64_t k = 0; k < TW_BLOCK_##KIND; k++, b += TW_PANEL) { TW_STEPS_##KIND##WIDTH(ROWS) } \
     } else { \
         for (int64_t k = 0; k < depth; k++, b += TW_PANEL) { TW_STEPS_##KIND##WIDTH(ROWS) } \
     }
 
 #define TW_TAP_POINTER(r) const word *a##r;
-#define TW_TAP_INSIDE(r) a##r = at + tile->offset[r];
-#define TW_TAP_BORDER(r) a##r = tile->rows[r] >> i & tile->columns[r] >> j & 1 ? at + tile->offset[r] : w->zeros;
+#define TW_TAP_INSIDE(r) a##r = at + offset[r];
+#define TW_TAP_BORDER(r) a##r = rows[r] >> i & columns[r] >> j & 1 ? at + offset[r] : w->zeros;
 #define TW_DEFINE_CONVOLVE(KIND, WIDTH, ROWS) \
     static __attribute__((unused, noinline)) void tw_convolve_##KIND##WIDTH##_##ROWS( \
-        const TW_WORD_##KIND *b, float *sums, const tw_kernel_window *w, const tw_pixel_tile *tile) { \
+        const TW_WORD_##KIND *b, float *sums, int64_t row, const tw_kernel_window *w, const tw_pixel_tile *tile) { \
+        const int64_t *const offset = tile->offset + row; \
+        const uint64_t *const rows = tile->rows + row, *const columns = tile->columns + row; \
         typedef TW_WORD_##KIND word; \
         TW_REPEAT_##ROWS(TW_ZERO_##KIND##WIDTH) \
         for (int64_t block = 0; block < w->blocks; block++) { \
@@ -122,10 +178,10 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
 #define TW_POINTWISE_POINTER(r) const word *const a##r = a + r * apart;
 #define TW_DEFINE_POINTWISE(KIND, WIDTH, ROWS) \
     static __attribute__((unused, noinline)) void tw_pointwise_##KIND##WIDTH##_##ROWS( \
-        const TW_WORD_##KIND *b, float *sums, const tw_kernel_window *w, int64_t first) { \
+        const TW_WORD_##KIND *b, float *sums, int64_t row, const tw_kernel_window *w, int64_t first) { \
         typedef TW_WORD_##KIND word; \
         enum { apart = TW_BLOCK_##KIND }; \
-        const word *a = (const word *)w->image + first * apart; \
+        const word *a = (const word *)w->image + (first + row) * apart; \
         TW_REPEAT_##ROWS(TW_ZERO_##KIND##WIDTH) \
         for (int64_t block = 0; block < w->blocks; block++, a += w->plane) { \
             const int64_t depth = block + 1 < w->blocks ? apart : w->last; \
@@ -140,9 +196,10 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
 #define TW_SLIDE_POINTER(r) const word *const a##r = a + r * pixel_step;
 #define TW_DEFINE_SLIDE(KIND, WIDTH, ROWS) \
     static __attribute__((unused, noinline)) void tw_slide_##KIND##WIDTH##_##ROWS( \
-        const TW_WORD_##KIND *b, float *sums, const TW_WORD_##KIND *a, int64_t pixel_step, int64_t segments, \
-        int64_t segment_step, int64_t taps, int64_t tap_step, int resume) { \
+        const TW_WORD_##KIND *b, float *sums, int64_t row, const TW_WORD_##KIND *a, int64_t pixel_step, \
+        int64_t segments, int64_t segment_step, int64_t taps, int64_t tap_step, int resume) { \
         typedef TW_WORD_##KIND word; \
+        a += row * pixel_step; \
         TW_REPEAT_##ROWS(TW_ZERO_##KIND##WIDTH) \
         if (resume) { TW_REPEAT_##ROWS(TW_RESUME_##KIND##WIDTH) } \
         for (int64_t s = 0; s < segments; s++, a += segment_step) { \
@@ -153,14 +210,17 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
     }
 
 #define TW_DEFINE_CONVOLVE_f32(ROWS) TW_DEFINE_CONVOLVE(f32, , ROWS)
+#define TW_DEFINE_CONVOLVE_f32_wide(ROWS) TW_DEFINE_CONVOLVE(f32, _wide, ROWS)
 #define TW_DEFINE_CONVOLVE_f32_narrow(ROWS) TW_DEFINE_CONVOLVE(f32, _narrow, ROWS)
 #define TW_DEFINE_CONVOLVE_bf16(ROWS) TW_DEFINE_CONVOLVE(bf16, , ROWS)
 #define TW_DEFINE_CONVOLVE_bf16_narrow(ROWS) TW_DEFINE_CONVOLVE(bf16, _narrow, ROWS)
 #define TW_DEFINE_POINTWISE_f32(ROWS) TW_DEFINE_POINTWISE(f32, , ROWS)
+#define TW_DEFINE_POINTWISE_f32_wide(ROWS) TW_DEFINE_POINTWISE(f32, _wide, ROWS)
 #define TW_DEFINE_POINTWISE_f32_narrow(ROWS) TW_DEFINE_POINTWISE(f32, _narrow, ROWS)
 #define TW_DEFINE_POINTWISE_bf16(ROWS) TW_DEFINE_POINTWISE(bf16, , ROWS)
 #define TW_DEFINE_POINTWISE_bf16_narrow(ROWS) TW_DEFINE_POINTWISE(bf16, _narrow, ROWS)
 #define TW_DEFINE_SLIDE_f32(ROWS) TW_DEFINE_SLIDE(f32, , ROWS)
+#define TW_DEFINE_SLIDE_f32_wide(ROWS) TW_DEFINE_SLIDE(f32, _wide, ROWS)
 #define TW_DEFINE_SLIDE_f32_narrow(ROWS) TW_DEFINE_SLIDE(f32, _narrow, ROWS)
 #define TW_DEFINE_SLIDE_bf16(ROWS) TW_DEFINE_SLIDE(bf16, , ROWS)
 #define TW_DEFINE_SLIDE_bf16_narrow(ROWS) TW_DEFINE_SLIDE(bf16, _narrow, ROWS)
@@ -172,7 +232,7 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
     static inline void tw_convolve_##KIND( \
         int64_t pixels, int64_t columns, const tw_kernel_window *w, const tw_pixel_tile *tile, \
         const TW_WORD_##KIND *b, float *sums) { \
-        TW_CALL_PANEL(tw_convolve_##KIND, pixels, columns, b, sums, w, tile) \
+        TW_CALL_PANEL(KIND, tw_convolve_##KIND, pixels, columns, b, sums, w, tile) \
     }
 
 /* The same for a kernel of one tap and stride 1; first is the first pixel of the tile. */
@@ -181,7 +241,7 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
     static inline void tw_pointwise_##KIND( \
         int64_t pixels, int64_t columns, const tw_kernel_window *w, int64_t first, const TW_WORD_##KIND *b, \
         float *sums) { \
-        TW_CALL_PANEL(tw_pointwise_##KIND, pixels, columns, b, sums, w, first) \
+        TW_CALL_PANEL(KIND, tw_pointwise_##KIND, pixels, columns, b, sums, w, first) \
     }
 
 /* sums[pixels][32] (+)= windows that slide along rows. */
@@ -191,7 +251,8 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
         int64_t pixels, int64_t columns, const TW_WORD_##KIND *a, int64_t pixel_step, int64_t segments, \
         int64_t segment_step, int64_t taps, int64_t tap_step, const TW_WORD_##KIND *b, float *sums, int resume) { \
         TW_CALL_PANEL( \
-            tw_slide_##KIND, pixels, columns, b, sums, a, pixel_step, segments, segment_step, taps, tap_step, resume) \
+            KIND, tw_slide_##KIND, pixels, columns, b, sums, a, pixel_step, segments, segment_step, taps, tap_step, \
+            resume) \
     }
 
 #endif

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -101,11 +105,12 @@ def _run_one(
     stream = open_stream(model, prompt, params, cache_tokens=cache_tokens)
     shown = 0
     try:
-        with stream:
+        with stream, deferred_interrupts() as check:
             for piece in stream:
                 if piece.text and not as_json:
                     click.echo(piece.text, nl=False)
                     shown += len(piece.text)
+                check()
     finally:  # an interrupt ends here, too
         done = stream.completion
         if as_json:
@@ -115,6 +120,34 @@ def _run_one(
         sys.stdout.flush()
     if not quiet:
         note(speed(done))
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], None]]:
+    """Let an interrupt wait until the given function is called, so that no text is lost or shown twice.
+
+    A second one does not wait.
+    """
+    pending = False
+
+    def note_it(number: int, frame: object) -> None:
+        nonlocal pending
+        if pending:
+            raise KeyboardInterrupt
+        pending = True
+
+    def check() -> None:
+        if pending:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, note_it)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def as_data(done: Completion) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ...runtime.generation.generator import Generator, refused
 from ...runtime.generation.request import Prompt, Request
 from ...runtime.generation.sampling import NAMES, SamplingParams
 from ...runtime.model import Model
-from .generate import as_data, total_speed
+from .generate import as_data, deferred_interrupts, total_speed
 from .output import emit_json, note
 
 
@@ -87,6 +87,7 @@ def run_batch(model: Model, lines: list[Line], cache_tokens: int | None, *, as_j
     with (
         open_generator(model, cache_tokens=cache_tokens, wanted=needs_of(model, prompts, params)) as generator,
         _progress(len(lines), quiet) as moved,
+        deferred_interrupts() as check,
     ):
         slots = [_submit(generator, prompt, one) for prompt, one in zip(prompts, params, strict=True)]
         try:
@@ -95,6 +96,7 @@ def run_batch(model: Model, lines: list[Line], cache_tokens: int | None, *, as_j
                 moved(done)
                 while len(results) < len(slots) and _ended(slots[len(results)]):
                     results.append(_show(lines[len(results)], slots[len(results)], as_json))
+                check()
         finally:  # an interrupt shows what there is
             generator.cancel_all()
             for line, slot in list(zip(lines, slots, strict=True))[len(results) :]:

@@ -395,33 +395,21 @@ class _Lowering:
         found = []
         for symbol, entry in self.program.symbols.items():
             name = self.symbols.names[symbol]
-            place = self._where(name)
-            if place is None:
+            limits = entry.name, entry.minimum, entry.maximum
+            if place := _where(name, self.states):
+                number, axis, factor, offset = place
+                sample = (self.program.states[number].initial.shape[axis] - offset) // factor
+                found.append(Symbol(*limits, sample, -1, axis, factor, offset, number))
+            elif place := _where(name, self.inputs):
+                number, axis, factor, offset = place
+                given = self.program.sample
+                sample = (given[number].shape[axis] - offset) // factor if given else entry.minimum
+                found.append(Symbol(*limits, sample, number, axis, factor, offset))
+            else:
                 raise CompileError(
                     f"the size {entry.name} is not an axis of any input, so it cannot be read when the model is called"
                 )
-            number, axis, factor = place
-            sample = self.program.sample[number].shape[axis] // factor if self.program.sample else entry.minimum
-            found.append(Symbol(entry.name, entry.minimum, entry.maximum, sample, number, axis, factor))
         return tuple(found)
-
-    def _where(self, name: str) -> tuple[int, int, int] | None:
-        """An input axis from which a symbol can be read: as it is, or times a factor."""
-        scaled = None
-        for number, storage in enumerate(self.inputs):
-            for axis, extent in enumerate(storage.shape):
-                if extent == name:
-                    return number, axis, 1
-                if (
-                    isinstance(extent, sizes.Op)
-                    and extent.op == "mul"
-                    and len(extent.args) == 2
-                    and extent.args[0] == name
-                ):
-                    factor = extent.args[1]
-                    if isinstance(factor, int) and scaled is None:
-                        scaled = (number, axis, factor)
-        return scaled
 
     def _checks(self) -> tuple[Check, ...]:
         checks = []
@@ -435,8 +423,8 @@ class _Lowering:
         return tuple(checks)
 
     def _state(self, state: Any, storage: Storage) -> StateBuffer:
-        shape = tuple(extent for extent in storage.shape if isinstance(extent, int))
-        size = sizes.evaluate(sizes.product(shape), {}) * ITEM_BYTES[storage.dtype]
+        shape = self._shape(storage)
+        size = sizes.mul(sizes.product(shape), ITEM_BYTES[storage.dtype])
         initial = ""
         if bool(torch.any(state.initial != 0)):
             tensor = state.initial
@@ -445,7 +433,7 @@ class _Lowering:
                 (state.name,),
                 state.name,
                 storage.dtype,
-                shape,
+                tuple(tensor.shape),
                 lambda: tensor,
             )
             index = self.constants.request(recipe)
@@ -476,6 +464,25 @@ class _Lowering:
             return tree
 
         return build(self.program.results)
+
+
+def _where(name: str, storages: Sequence[Storage]) -> tuple[int, int, int, int] | None:
+    """(storage, axis, factor, offset) where a symbol can be read, as ``factor * symbol + offset``; as it is, if it is.
+
+    A sum of sizes, or one times another, gives none of them away.
+    """
+    found = None
+    for number, storage in enumerate(storages):
+        for axis, extent in enumerate(storage.shape):
+            if extent == name:
+                return number, axis, 1, 0
+            if found is not None or sizes.symbols_of(extent) != {name}:
+                continue
+            offset = sizes.evaluate(extent, {name: 0})
+            factor = sizes.evaluate(extent, {name: 1}) - offset
+            if factor > 0 and offset >= 0 and extent == sizes.add(sizes.mul(name, factor), offset):
+                found = (number, axis, factor, offset)
+    return found
 
 
 def _positions(storages: Sequence[Storage], results: Sequence[Storage]) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from ..runtime.errors import SourceError, TilewrightError, UnsupportedOperator, 
 from .importer import flat_identifier, from_exported, weight_names
 from .refusals import is_users, short_path
 from .shapes import ShapeSpec, from_torch, is_dimension_language, parse_shapes
+from .states import declare_states
 from .structure import Call, bind, describe
 
 __all__ = ["capture", "from_exported"]
@@ -45,6 +46,7 @@ def capture(
     made_up: bool = False,
     input_names: Sequence[str] | None = None,
     make: Callable[[Mapping[str, int]], Mapping[str, torch.Tensor]] | None = None,
+    states: Sequence[str] = (),
 ) -> Program:
     """Trace a module into a program.
 
@@ -59,6 +61,7 @@ def capture(
         made_up: whether the examples were made up, so that they may be resized to fit ``shapes``.
         input_names: names of the tensor inputs, in place of those that follow from the function's parameters.
         make: inputs to verify with for given values of the symbols, by name.
+        states: names of those that are states (:class:`~tilewright.compiler.options.Entry`).
 
     Raises:
         SourceError: training mode, weights without data, or a forward that fails or cannot be traced.
@@ -92,6 +95,7 @@ def capture(
         strict_ranges=False,
     )
     program.make = make
+    declare_states(program, states)
     return program
 
 
@@ -291,9 +295,10 @@ def _in_our_language(fixes: str, spec: ShapeSpec) -> list[str]:
             others[symbol] = value
     advice = [f"{symbol} as {symbol}:{bounds}" for symbol, bounds in ranges.items() if symbol in spec.ranges]
     for symbol, value in others.items():
-        root = value.rpartition("*")[2].strip()
+        found = re.search(r"[A-Za-z_]\w*", value)
+        root = found[0] if found else value
         bounds = f":{ranges[root]}" if root in ranges else ""
-        advice.append(f"{symbol} as {value.replace(root, root.lstrip('_'))}{bounds}")
+        advice.append(f"{symbol} as {value.replace(root, root.lstrip('_')).replace(' ', '')}{bounds}")
     return advice
 
 

@@ -89,6 +89,10 @@ class Entry:
             ``torch.export.Dim`` as ``torch.export.export`` takes it.
         make: inputs to verify with for given values of the symbols, by input name; where it is missing, elements are
             drawn from the sample's, which is wrong where inputs depend on each other.
+        states: inputs that are no inputs but memory which a session keeps (``compiler/states.py``). The new value of
+            each is a result: the one of the same dotted name (of a dictionary), or else, of all results the last ones,
+            in the order of ``states``. These results are not given out. A state starts as its example argument; one
+            whose size varies starts as zeros, and its size is chosen when a session is made.
     """
 
     function: str | Callable[..., Any] = "forward"
@@ -96,6 +100,7 @@ class Entry:
     kwargs: Mapping[str, Any] | None = None
     dynamic_shapes: Any = None
     make: Callable[[Mapping[str, int]], Mapping[str, torch.Tensor]] | None = None
+    states: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ def assignments(program: Program) -> list[dict[str, int]]:
     sample = sample_sizes(program)
     if not program.symbols:
         return [sample]
-    smallest = {entry.name: entry.minimum for entry in program.symbols.values()}
-    larger = {}
+    kept = state_symbols(program)  # calls outside of sessions have states of the sample's sizes
+    smallest, larger = dict(sample), dict(sample)
     for entry in program.symbols.values():
-        odd = sample[entry.name] * 2 + 1
-        larger[entry.name] = min(odd, entry.maximum)
+        if entry.name not in kept:
+            smallest[entry.name] = entry.minimum
+            larger[entry.name] = min(sample[entry.name] * 2 + 1, entry.maximum)
     found = [sample]
     for candidate in (smallest, larger):
         if candidate not in found and _allowed(program, candidate) and _elements(program, candidate) <= MOST_ELEMENTS:
@@ -32,8 +33,9 @@ def assignments(program: Program) -> list[dict[str, int]]:
 def sample_sizes(program: Program) -> dict[str, int]:
     """The symbols' values in the program's sample."""
     values: dict[str, int] = {}
-    for given, tensor in zip(program.inputs, program.sample, strict=True):
-        shape = _placeholder(program, given.placeholder).meta["val"].shape
+    samples = [(given.placeholder, tensor) for given, tensor in zip(program.inputs, program.sample, strict=True)]
+    for placeholder, tensor in (*((state.placeholder, state.initial) for state in program.states), *samples):
+        shape = _placeholder(program, placeholder).meta["val"].shape
         for extent, actual in zip(shape, tensor.shape, strict=True):
             if isinstance(extent, torch.SymInt):
                 expr = extent.node.expr
@@ -43,6 +45,14 @@ def sample_sizes(program: Program) -> dict[str, int]:
                         if solved:
                             values[entry.name] = int(solved[0])
     return values
+
+
+def state_symbols(program: Program) -> set[str]:
+    """Names of the sizes that states have."""
+    shapes = [_placeholder(program, state.placeholder).meta["val"].shape for state in program.states]
+    used = {symbol for shape in shapes for extent in shape if isinstance(extent, torch.SymInt)
+            for symbol in extent.node.expr.free_symbols}  # fmt: skip
+    return {entry.name for symbol, entry in program.symbols.items() if symbol in used}
 
 
 def make_inputs(program: Program, sizes: Mapping[str, int], seed: int = 0) -> tuple[torch.Tensor, ...]:

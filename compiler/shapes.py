@@ -2,11 +2,12 @@
 
 One comma-separated entry per axis of an input::
 
-    entry  = size | [factor "*"] symbol [":" low ".." high]
+    entry  = size | [factor "*"] symbol ["+" offset] [":" low ".." high]
 
 ``batch:1..64`` is a symbol and its inclusive range; ``batch`` alone is a symbol whose range stands elsewhere; ``128``
-is a fixed size; ``16*h:2..32`` is a multiple of 16 where ``h`` runs over 2..32, so sizes 32, 48, ..., 512. Every
-symbol needs a finite upper bound, because scratch memory is planned with it.
+is a fixed size; ``16*h:2..32`` is a multiple of 16 where ``h`` runs over 2..32, so sizes 32, 48, ..., 512;
+``sequences+1:1..64`` is one more than ``sequences``, so sizes 2, 3, ..., 65. Every symbol needs a finite upper bound,
+because scratch memory is planned with it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import difflib
 import keyword
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from torch.export import Dim
 
 from ..runtime.errors import UsageError
 
-_ENTRY = re.compile(r"(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)(?:\s*:\s*(-?\w+|)\s*\.\.\s*(-?\w+|))?$", re.ASCII)
+_ENTRY = re.compile(
+    r"(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)(?:\s*\+\s*(\d+))?(?:\s*:\s*(-?\w+|)\s*\.\.\s*(-?\w+|))?$", re.ASCII
+)
 _TORCH_NAME = re.compile(r"_*[suz]\d+$")
 _EXAMPLE = '"batch:1..64,seq:1..512"'
 
@@ -40,13 +43,19 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Symbolic:
-    """An axis of size ``factor * symbol``."""
+    """An axis of size ``factor * symbol + offset``."""
 
     symbol: str
     factor: int = 1
+    offset: int = 0
+
+    def size(self, value: int) -> int:
+        """The axis's size where the symbol has a value."""
+        return self.factor * value + self.offset
 
     def __str__(self) -> str:
-        return self.symbol if self.factor == 1 else f"{self.factor}*{self.symbol}"
+        scaled = self.symbol if self.factor == 1 else f"{self.factor}*{self.symbol}"
+        return f"{scaled}+{self.offset}" if self.offset else scaled
 
 
 Axis = Fixed | Symbolic
@@ -97,12 +106,11 @@ class ShapeSpec:
                     if axis.size != size:
                         raise UsageError(f"{where} is declared as {axis.size}, but the sample's size there is {size}")
                     continue
-                value, rest = divmod(size, axis.factor)
+                value, rest = divmod(size - axis.offset, axis.factor)
                 low, high = self.ranges[axis.symbol]
-                if rest:
-                    raise UsageError(
-                        f"{where} is declared as a multiple of {axis.factor}, but the sample's size is {size}"
-                    )
+                if rest or value < 0:
+                    what = str(axis) if axis.offset else f"a multiple of {axis.factor}"
+                    raise UsageError(f"{where} is declared as {what}, but the sample's size is {size}")
                 if values.setdefault(axis.symbol, value) != value:
                     raise UsageError(
                         f"{axis.symbol!r} is {values[axis.symbol]} at {origin[axis.symbol]}, but {value} at {where}; "
@@ -152,7 +160,7 @@ class ShapeSpec:
             for axis, size in zip(axes, samples[name].shape, strict=True):
                 if isinstance(axis, Symbolic) and axis.symbol not in values:
                     low, high = self.ranges[axis.symbol]
-                    values[axis.symbol] = min(max(size // axis.factor, low, 2), high)
+                    values[axis.symbol] = min(max((size - axis.offset) // axis.factor, low, 2), high)
         return self.resize(samples, values)
 
     def resize(self, samples: Mapping[str, torch.Tensor], values: Mapping[str, int]) -> dict[str, torch.Tensor]:
@@ -160,7 +168,7 @@ class ShapeSpec:
         resized = dict(samples)
         for name, axes in self.inputs.items():
             for index, axis in enumerate(axes):
-                size = axis.size if isinstance(axis, Fixed) else axis.factor * values[axis.symbol]
+                size = axis.size if isinstance(axis, Fixed) else axis.size(values[axis.symbol])
                 resized[name] = _resize(resized[name], index, size)
         return resized
 
@@ -172,7 +180,8 @@ class ShapeSpec:
             axes: dict[int, Any] = {}
             for index, axis in enumerate(self.inputs.get(name, ())):
                 if isinstance(axis, Symbolic):
-                    axes[index] = dims[axis.symbol] if axis.factor == 1 else axis.factor * dims[axis.symbol]
+                    dim = dims[axis.symbol] if axis.factor == 1 else axis.factor * dims[axis.symbol]
+                    axes[index] = dim + axis.offset if axis.offset else dim
             spec.append(axes)
         return tuple(spec)
 
@@ -188,7 +197,7 @@ class ShapeSpec:
             raise UsageError(f"{symbol!r} and {other!r} are always equal in the model, but their ranges share no size")
         inputs: dict[str, tuple[Axis, ...]] = {
             name: tuple(
-                Symbolic(symbol, axis.factor) if isinstance(axis, Symbolic) and axis.symbol == other else axis
+                replace(axis, symbol=symbol) if isinstance(axis, Symbolic) and axis.symbol == other else axis
                 for axis in axes
             )
             for name, axes in self.inputs.items()
@@ -325,14 +334,14 @@ def _parse_entry(entry: str, name: str, text: str) -> tuple[Axis, Range | None]:
         if ":" in entry and ".." not in entry:
             raise UsageError(f"{entry!r} {where} has no range LOW..HIGH: write {entry.split(':')[0].strip()}:1..64")
         raise UsageError(
-            f"cannot read {entry!r} {where}: an entry is a size, a symbol with its range or a multiple of one, such as "
-            f"{_EXAMPLE} or 16*h:2..32"
+            f"cannot read {entry!r} {where}: an entry is a size, a symbol with its range, a multiple of one or one "
+            f"with a number added, such as {_EXAMPLE}, 16*h:2..32 or seq+1"
         )
-    factor, symbol, low_text, high_text = match.groups()
+    factor, symbol, offset, low_text, high_text = match.groups()
     check_symbol(symbol)
     if factor is not None and int(factor) == 0:
         raise UsageError(f"{entry!r} {where} is always 0: write the size 0 or a positive multiple")
-    axis = Symbolic(symbol, int(factor or 1))
+    axis = Symbolic(symbol, int(factor or 1), int(offset or 0))
     if low_text is None:
         return axis, None
     if high_text == "" or high_text in ("inf", "oo"):
@@ -353,13 +362,15 @@ def _torch_axis(dim: Any, size: int, default_name: str, ranges: dict[str, Range]
     """One torch dimension; the symbol's range is added to ``ranges``."""
     if dim is None or isinstance(dim, int):
         return Fixed(size if dim is None else dim)
-    root, factor = dim, 1
+    root, factor, offset = dim, 1, 0
     if getattr(dim, "root", None) is not None:
         root = dim.root
-        factor = dim.fn(1) - dim.fn(0)
-        if dim.fn(0) != 0 or factor < 1:
+        offset = dim.fn(0)
+        factor = dim.fn(1) - offset
+        if offset < 0 or factor < 1 or dim.fn(2) != 2 * factor + offset:
             raise UsageError(
-                f"the dimension {dim.__name__!r} is no multiple of {root.__name__!r}; only those are supported"
+                f"the dimension {dim.__name__!r} is no multiple of {root.__name__!r} with a number added to it; only "
+                f"those are supported"
             )
     name = getattr(root, "__name__", None)
     if name is None:  # Dim.AUTO and Dim.DYNAMIC are hints without a name, possibly with bounds.
@@ -376,7 +387,7 @@ def _torch_axis(dim: Any, size: int, default_name: str, ranges: dict[str, Range]
     bounds = (int(low) if isinstance(low, int) else 1, high)
     if ranges.setdefault(name, bounds) != bounds:
         raise UsageError(f"two dimensions are called {name!r} but differ in range: {ranges[name]} and {bounds}")
-    return Symbolic(name, factor)
+    return Symbolic(name, factor, offset)
 
 
 def _without_constants(spec: ShapeSpec) -> ShapeSpec:
@@ -384,7 +395,7 @@ def _without_constants(spec: ShapeSpec) -> ShapeSpec:
     fixed = {symbol: low for symbol, (low, high) in spec.ranges.items() if low == high}
     inputs: dict[str, tuple[Axis, ...]] = {
         name: tuple(
-            Fixed(axis.factor * fixed[axis.symbol]) if isinstance(axis, Symbolic) and axis.symbol in fixed else axis
+            Fixed(axis.size(fixed[axis.symbol])) if isinstance(axis, Symbolic) and axis.symbol in fixed else axis
             for axis in axes
         )
         for name, axes in spec.inputs.items()

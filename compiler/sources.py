@@ -233,7 +233,7 @@ def _capture_entry(name: str, loaded: Loaded, entry: Entry) -> Program:
         raise UsageError(f"{name!r} is no name for an entry point: use letters, digits and _")
     if entry.args or entry.kwargs:
         own = (entry.args, entry.kwargs, entry.dynamic_shapes)
-        return capture(name, loaded.module, *own, function=entry.function, make=entry.make)
+        return capture(name, loaded.module, *own, function=entry.function, make=entry.make, states=entry.states)
     return capture(
         name,
         loaded.module,
@@ -243,6 +243,7 @@ def _capture_entry(name: str, loaded: Loaded, entry: Entry) -> Program:
         function=entry.function,
         made_up=loaded.made_up,
         input_names=loaded.input_names,
+        states=entry.states,
     )
 
 

@@ -123,7 +123,7 @@ def _declare(
         if rest:
             raise UsageError(f"{place} is declared as {axis.size}, but the program takes {factor}*n + {offset} there")
         found[symbol].append(("", value, value))
-    elif offset == 0 and factor == axis.factor:
+    elif (factor, offset) == (axis.factor, axis.offset):
         found[symbol].append((axis.symbol, *bounds))
     else:
         step = f"{factor}*{axis.symbol}:..." if offset == 0 else f"{factor}*n + {offset}"

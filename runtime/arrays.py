@@ -55,12 +55,49 @@ def scratch_bytes(count: int) -> np.ndarray:
     """Zeros that begin at a multiple of 64, in huge pages where there are many: few page faults when first written."""
     if count < _HUGE_FROM:
         return aligned_bytes(count)
-    memory = mmap.mmap(-1, count + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = np.frombuffer(memory, np.uint8)
+    whole = np.frombuffer(_huge_pages(count + _HUGE_PAGE), np.uint8)
     begin = -whole.ctypes.data % _HUGE_PAGE  # what lies before and after is never touched
-    with suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
     return whole[begin : begin + count]
+
+
+class Zeros:
+    """Memory that is zero at first and again after :meth:`clear`; much of it takes no memory until it is written.
+
+    Attributes:
+        array: the bytes, which begin at a multiple of 64 and stay where they are.
+    """
+
+    def __init__(self, count: int) -> None:
+        """Reserve so many bytes.
+
+        Raises:
+            MemoryError: there is no room for them.
+        """
+        self._pages: mmap.mmap | None = None
+        if count < _HUGE_FROM:
+            self.array = aligned_bytes(count)
+            self.array[:] = 0
+            return
+        try:
+            self._pages = _huge_pages(count)
+        except OSError as error:
+            raise MemoryError(f"no room for {count} bytes of state: {error}") from error
+        self.array = np.frombuffer(self._pages, np.uint8)[:count]
+
+    def clear(self) -> None:
+        """Make all bytes zero, and give back the memory that they took."""
+        if self._pages is None:
+            self.array[:] = 0
+        else:
+            self._pages.madvise(mmap.MADV_DONTNEED)  # private and anonymous: it reads as zeros afterwards
+
+
+def _huge_pages(count: int) -> mmap.mmap:
+    """Anonymous memory of this process, zeros, in huge pages where the system has them."""
+    pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def new_output(shape: tuple[int, ...], dtype: np.dtype[Any], count: int) -> np.ndarray:

@@ -247,6 +247,7 @@ def _check_constants(plan: Plan, weights: weight_files.Layout, file: str) -> Non
 def _check_states(plans: Mapping[str, Plan], folder: Path, entries: Sequence[EntryPoint]) -> None:
     """A state that several entry points name is one memory: they must agree on it and on the constant it starts as."""
     known: dict[str, tuple[StateBuffer, str]] = {}
+    ranges: dict[str, tuple[int, int, int]] = {}
     for entry in entries:
         plan = plans[entry.name]
         keys = {constant.name: constant.key for constant in plan.constants}
@@ -256,4 +257,13 @@ def _check_states(plans: Mapping[str, Plan], folder: Path, entries: Sequence[Ent
             if (other.dtype, other.shape, key) != (state.dtype, state.shape, initial):
                 raise ArtifactError(
                     f"{folder / entry.plan}: states[{index}]: {state.name} differs between entry points"
+                )
+        for index, symbol in enumerate(plan.symbols):
+            if symbol.state == -1:
+                continue
+            limits = (symbol.minimum, symbol.maximum, symbol.sample)
+            if ranges.setdefault(symbol.name, limits) != limits:
+                raise ArtifactError(
+                    f"{folder / entry.plan}: symbols[{index}]: {symbol.name}, a size of states, differs between entry "
+                    f"points"
                 )

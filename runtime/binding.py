@@ -12,11 +12,13 @@ from functools import lru_cache
 from . import sizes
 from .arrays import describe
 from .errors import ShapeError
-from .plan import Plan
+from .plan import Plan, Symbol
 from .plan_check import nbytes
 from .records import frozen
 
 Shapes = tuple[tuple[int, ...], ...]
+StateSizes = tuple[int, ...]
+"""The values of a plan's symbols that states have, in the order of its symbols."""
 CACHED_SHAPES = 256
 
 
@@ -39,12 +41,12 @@ class Binding:
 
 def cached_binder(
     plan: Plan, arena_bytes: Callable[[ctypes.Array[ctypes.c_int64]], int]
-) -> Callable[[Shapes], Binding]:
+) -> Callable[[Shapes, StateSizes], Binding]:
     """The binding function of a plan, which remembers the shapes that came last; safe from several threads."""
 
     @lru_cache(maxsize=CACHED_SHAPES)
-    def bind(shapes: Shapes) -> Binding:
-        values = bind_symbols(plan, shapes)
+    def bind(shapes: Shapes, state_sizes: StateSizes) -> Binding:
+        values = bind_symbols(plan, shapes, state_sizes)
         symbols = (ctypes.c_int64 * max(len(plan.symbols), 1))(*(values[symbol.name] for symbol in plan.symbols))
         outputs = []
         for port in plan.outputs:
@@ -55,8 +57,13 @@ def cached_binder(
     return bind
 
 
-def bind_symbols(plan: Plan, shapes: Shapes) -> dict[str, int]:
+def bind_symbols(plan: Plan, shapes: Shapes, state_sizes: StateSizes | None = None) -> dict[str, int]:
     """Symbol values from input shapes, with every check of the plan.
+
+    Args:
+        plan: of the entry point.
+        shapes: of the inputs.
+        state_sizes: what ``state_sizes.py`` has checked; by default those of plain calls.
 
     Raises:
         ShapeError: a rank, a fixed size, a range, or a relation does not hold; names the input and the axis.
@@ -64,16 +71,19 @@ def bind_symbols(plan: Plan, shapes: Shapes) -> dict[str, int]:
     for port, shape in zip(plan.inputs, shapes, strict=True):
         if len(shape) != len(port.shape):
             raise ShapeError(f"input {port.name!r}: expected {describe(port)}, got shape {list(shape)}")
-    values: dict[str, int] = {}
+    of_states = [symbol for symbol in plan.symbols if symbol.state != -1]
+    if state_sizes is None:
+        state_sizes = tuple(symbol.sample for symbol in of_states)
+    values = {symbol.name: size for symbol, size in zip(of_states, state_sizes, strict=True)}
     for symbol in plan.symbols:
+        if symbol.state != -1:
+            continue
         size = shapes[symbol.input][symbol.axis]
-        value, rest = divmod(size, symbol.factor)
+        value, rest = divmod(size - symbol.offset, symbol.factor)
         if rest or not symbol.minimum <= value <= symbol.maximum:
-            low, high = symbol.minimum * symbol.factor, symbol.maximum * symbol.factor
-            multiple = f" in multiples of {symbol.factor}" if symbol.factor > 1 else ""
             raise ShapeError(
                 f"input {plan.inputs[symbol.input].name!r}, axis {symbol.axis} ({symbol.name}): "
-                f"expected {low} to {high}{multiple}, got {size}"
+                f"expected {_expected(symbol)}, got {size}"
             )
         values[symbol.name] = value
     for index, (port, shape) in enumerate(zip(plan.inputs, shapes, strict=True)):
@@ -93,9 +103,21 @@ def _mismatch(plan: Plan, index: int, axis: int, want: int, got: int) -> str:
     expected = port.shape[axis]
     message = f"input {port.name!r}, axis {axis}: expected {want}, got {got}"
     names = sizes.symbols_of(expected)
-    sources = [
-        f"{symbol.name} comes from input {plan.inputs[symbol.input].name!r}, axis {symbol.axis}"
-        for symbol in plan.symbols
-        if symbol.name in names
-    ]
+    sources = [f"{symbol.name} comes from {_source(plan, symbol)}" for symbol in plan.symbols if symbol.name in names]
     return f"{message} ({sizes.show(expected)}; {'; '.join(sources)})" if sources else message
+
+
+def _expected(symbol: Symbol) -> str:
+    """The sizes that an axis may have, in words."""
+    low, high = (symbol.factor * value + symbol.offset for value in (symbol.minimum, symbol.maximum))
+    if symbol.factor == 1:
+        return f"{low} to {high}" + (f" ({symbol.name} + {symbol.offset})" if symbol.offset else "")
+    if not symbol.offset:
+        return f"{low} to {high} in multiples of {symbol.factor}"
+    return f"{low} to {high} in steps of {symbol.factor}"
+
+
+def _source(plan: Plan, symbol: Symbol) -> str:
+    if symbol.state != -1:
+        return f"the session's state {plan.states[symbol.state].name!r}, axis {symbol.axis}"
+    return f"input {plan.inputs[symbol.input].name!r}, axis {symbol.axis}"

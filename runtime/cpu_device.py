@@ -20,6 +20,7 @@ from .library import TRACE, Library, Record, Records, ThreadPool
 from .manifest import FILE_NAME
 from .plan import Plan, Ref
 from .results import compile_results
+from .state_sizes import of_plan
 from .workspace import Frame, Workspace, bind_arrays
 
 
@@ -46,9 +47,9 @@ class CpuDevice(Device[Workspace]):
         self._executables = {name: Executable(plan, library, weights) for name, plan in self.plans.items()}
         self._weights = weights
 
-    def workspace(self) -> Workspace:
+    def workspace(self, sizes: Mapping[str, int]) -> Workspace:
         """Arena and states for one call at a time."""
-        return Workspace(self.plans, self._weights, self._native)
+        return Workspace(self.plans, self._weights, self._native, sizes)
 
     def entry(self, name: str, source: Source[Workspace]) -> Entry[Workspace]:
         """An entry point whose calls run on workspaces of a source."""
@@ -137,12 +138,13 @@ class CpuEntry(Entry[Workspace]):
     def __init__(self, executable: Executable, source: Source[Workspace]) -> None:
         super().__init__(executable.plan, source)
         self._executable = executable
+        self._state_sizes = of_plan(executable.plan, source.sizes)
 
     def __call__(self, *args: Any, out: Any = None, **kwargs: Any) -> Any:
         """Run the model; see :meth:`Entry.__call__`."""
         executable = self._executable
         inputs = executable.inputs(args, kwargs)
-        binding = executable.bind(tuple([array.shape for array in inputs]))
+        binding = executable.bind(tuple([array.shape for array in inputs]), self._state_sizes)
         outputs = executable.outputs(binding, inputs, out)
         workspace = self._source.take()
         try:
@@ -158,7 +160,7 @@ class CpuEntry(Entry[Workspace]):
         """Run once and give when each step ran, by the monotonic clock."""
         executable = self._executable
         inputs = executable.inputs(args, kwargs)
-        binding = executable.bind(tuple(array.shape for array in inputs))
+        binding = executable.bind(tuple(array.shape for array in inputs), self._state_sizes)
         outputs = executable.outputs(binding, inputs, None)
         capacity = len(executable.plan.steps)
         items = (Record * max(capacity, 1))()
@@ -182,7 +184,7 @@ class CpuEntry(Entry[Workspace]):
         """Run, stopping after each step; see :meth:`Entry.trace`."""
         executable = self._executable
         inputs = executable.inputs(args, kwargs)
-        binding = executable.bind(tuple(array.shape for array in inputs))
+        binding = executable.bind(tuple(array.shape for array in inputs), self._state_sizes)
         outputs = executable.outputs(binding, inputs, None)
         raised: list[BaseException] = []
         workspace = self._source.take()

@@ -49,8 +49,12 @@ class Device(ABC, Generic[W]):
     threads: int = 1
 
     @abstractmethod
-    def workspace(self) -> W:
-        """New working memory, with all states as they are initially."""
+    def workspace(self, sizes: Mapping[str, int]) -> W:
+        """New working memory, with all states as they are initially.
+
+        Args:
+            sizes: of the states, a value for each that varies (``state_sizes.py``).
+        """
 
     @abstractmethod
     def entry(self, name: str, source: Source[W]) -> Entry[W]:

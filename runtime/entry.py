@@ -47,6 +47,8 @@ class Source(Protocol[W]):
     """Where calls get their workspace: the pool of a model (fresh state each time) or a session (its own)."""
 
     fresh: bool
+    sizes: Mapping[str, int]
+    """Of the states that its workspaces have (``state_sizes.py``)."""
 
     def take(self) -> W:
         """A workspace for one call."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from . import sizes
-from .binding import CACHED_SHAPES, Shapes, bind_symbols
+from .binding import CACHED_SHAPES, Shapes, StateSizes, bind_symbols
 from .entry import describe_step
 from .errors import ShapeError
 from .plan import COUNTERS, Plan, Ref, Tile, Variant, place
@@ -72,12 +72,12 @@ class Launches:
     items: tuple[Launch, ...]
 
 
-def cached_launches(plan: Plan, choose: Chooser) -> Callable[[Shapes], Launches]:
+def cached_launches(plan: Plan, choose: Chooser) -> Callable[[Shapes, StateSizes], Launches]:
     """The function from input shapes to launches, which remembers those that came last; safe from several threads."""
 
     @lru_cache(maxsize=CACHED_SHAPES)
-    def launches(shapes: Shapes) -> Launches:
-        return make_launches(plan, bind_symbols(plan, shapes), choose)
+    def launches(shapes: Shapes, state_sizes: StateSizes) -> Launches:
+        return make_launches(plan, bind_symbols(plan, shapes, state_sizes), choose)
 
     return launches
 
@@ -150,7 +150,7 @@ class _Operands:
             return Operand("constant", index, constant.offset, constant.bytes, constant.dtype)
         if ref.kind == "state":
             state = plan.states[index]
-            return Operand("state", index, 0, state.bytes, state.dtype)
+            return Operand("state", index, 0, sizes.evaluate(state.bytes, self._values), state.dtype)
         port = (plan.inputs if ref.kind == "input" else plan.outputs)[index]
         count = nbytes(port.dtype, (sizes.evaluate(size, self._values) for size in port.shape))
         return Operand(ref.kind, index, 0, count, port.dtype)

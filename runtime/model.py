@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from . import state_sizes
 from .artifact import Artifact, read_artifact
 from .device import Device
 from .devices import check_request, open_device
@@ -70,7 +72,8 @@ class Model:
         self.target = device.target
         self.threads = device.threads
         self._device = device
-        self._pool: WorkspacePool[Any] = WorkspacePool(device.limit, device.workspace)
+        plain = state_sizes.resolve(device.plans)
+        self._pool: WorkspacePool[Any] = WorkspacePool(device.limit, partial(device.workspace, plain), plain)
         self._entries = {name: device.entry(name, self._pool) for name in device.plans}
         self._default = self._entries[entry or next(iter(self._entries))]
         self._close = threading.Lock()
@@ -112,9 +115,28 @@ class Model:
         """Run the default entry point, stopping after each step; see :meth:`Entry.trace`."""
         return self._default.trace(callback, *args, **kwargs)
 
-    def session(self) -> Session:
-        """A caller of its own, whose state lasts from call to call."""
-        return Session(self._device, self._pool, self._default.name)
+    def session(self, sizes: Mapping[str, int] | None = None) -> Session:
+        """A caller of its own, whose state lasts from call to call.
+
+        Args:
+            sizes: of states whose size varies, by name, such as ``{"blocks": 512}``; by default the sample's.
+                :meth:`state_bytes` tells what they will take.
+
+        Raises:
+            UsageError: a name that is no size of a state.
+            ShapeError: a size out of range.
+            MemoryError: the states' memory cannot be reserved.
+        """
+        return Session(self._device, self._pool, self._default.name, state_sizes.resolve(self._device.plans, sizes))
+
+    def state_bytes(self, sizes: Mapping[str, int] | None = None) -> int:
+        """Bytes that the states of a session of these sizes take; nothing is allocated for the answer.
+
+        Raises:
+            UsageError: a name that is no size of a state.
+            ShapeError: a size out of range.
+        """
+        return state_sizes.total_bytes(self._device.plans, state_sizes.resolve(self._device.plans, sizes))
 
     def generate(
         self,
@@ -206,13 +228,18 @@ class Model:
 
 
 class Session:
-    """One caller with its own state; calls from several threads run one after the other."""
+    """One caller with its own state; calls from several threads run one after the other.
 
-    def __init__(self, device: Device[Any], pool: WorkspacePool[Any], default: str) -> None:
+    Attributes:
+        sizes: of the states whose size varies.
+    """
+
+    def __init__(self, device: Device[Any], pool: WorkspacePool[Any], default: str, sizes: Mapping[str, int]) -> None:
         """Start from the initial state; :meth:`Model.session` does this."""
+        self.sizes = dict(sizes)
         pool.enter()  # the model stays open meanwhile
         try:
-            self._own: OwnWorkspace[Any] = OwnWorkspace(device.workspace(), pool)
+            self._own: OwnWorkspace[Any] = OwnWorkspace(device.workspace(sizes), pool, sizes)
         finally:
             pool.leave()
         self._entries = {name: device.entry(name, self._own) for name in device.plans}

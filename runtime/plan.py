@@ -19,7 +19,7 @@ from .errors import ArtifactError
 from .records import frozen
 from .sizes import Size
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 DTYPES = tuple(plan_check.ITEM_BYTES)
 
@@ -28,7 +28,9 @@ DTYPES = tuple(plan_check.ITEM_BYTES)
 class Symbol:
     """A size that varies between calls: inclusive bounds, and the value of the sample that was compiled with.
 
-    It is read from the shape of ``input`` at ``axis`` as ``size // factor`` (the rest must be 0).
+    It is read from the shape of ``input`` at ``axis`` as ``(size - offset) // factor`` (the rest must be 0). One with
+    a ``state`` (0 or more; ``input`` is -1 then) is the size of that state at ``axis``: it is chosen when the state's
+    memory is made, and the same for all calls that share it.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Symbol:
     input: int
     axis: int
     factor: int = 1
+    offset: int = field(default=0, metadata={typed_json.ADDED_LATER: True})
+    state: int = field(default=-1, metadata={typed_json.ADDED_LATER: True})
 
 
 @frozen
@@ -75,12 +79,15 @@ class Constant:
 
 @frozen
 class StateBuffer:
-    """Memory a session keeps between calls; ``initial`` names the constant it starts as (empty: zeros)."""
+    """Memory a session keeps between calls; ``initial`` names the constant it starts as (empty: zeros).
+
+    Sizes may vary with symbols that are read from states; such a state starts as zeros.
+    """
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
-    bytes: int
+    shape: tuple[Size, ...]
+    bytes: Size
     initial: str = ""
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import sizes
 from .typed_json import FieldError
 
 if TYPE_CHECKING:
-    from .plan import Buffer, Plan, Port, Ref, Step, Variant
+    from .plan import Buffer, Plan, Port, Ref, StateBuffer, Step, Variant
     from .sizes import Size
 
 ITEM_BYTES = {
@@ -35,7 +35,7 @@ def check(plan: Plan) -> None:
         _check_size(item.condition, known, f"checks[{index}].condition")
     _check_results(plan.results, known, len(plan.outputs), "results")
     _check_constants(plan)
-    _check_states(plan)
+    _check_states(plan, known)
     for index, step in enumerate(plan.steps):
         _check_step(plan, index, step, known)
     for index, buffer in enumerate(plan.buffers):
@@ -102,13 +102,21 @@ def _check_symbols(plan: Plan) -> frozenset[str]:
             raise _fault(path, "expected 0 <= minimum <= sample <= maximum < 2**48")
         if symbol.factor < 1:
             raise _fault(f"{path}.factor", f"expected a positive factor, got {symbol.factor}")
-        if not 0 <= symbol.input < len(plan.inputs):
-            raise _fault(f"{path}.input", f"there is no input {symbol.input}")
-        shape = plan.inputs[symbol.input].shape
+        if symbol.offset < 0:
+            raise _fault(f"{path}.offset", f"expected 0 or more, got {symbol.offset}")
+        of_state = symbol.state != -1
+        kind, number = ("state", symbol.state) if of_state else ("input", symbol.input)
+        if of_state and symbol.input != -1:
+            raise _fault(f"{path}.input", "a size is read from an input or from a state, not from both")
+        ports: Sequence[Port | StateBuffer] = plan.states if of_state else plan.inputs
+        if not 0 <= number < len(ports):
+            raise _fault(f"{path}.{kind}", f"there is no {kind} {number}")
+        shape = ports[number].shape
         if not 0 <= symbol.axis < len(shape):
-            raise _fault(f"{path}.axis", f"input {symbol.input} has no axis {symbol.axis}")
-        if sizes.symbols_of(shape[symbol.axis]) != {symbol.name}:
-            raise _fault(f"{path}.axis", f"the size of that axis is not a multiple of {symbol.name}")
+            raise _fault(f"{path}.axis", f"{kind} {number} has no axis {symbol.axis}")
+        expected = sizes.add(sizes.mul(symbol.name, symbol.factor), symbol.offset)
+        if shape[symbol.axis] != expected:
+            raise _fault(f"{path}.axis", f"the size of that axis is not {sizes.show(expected)}")
     return frozenset(symbol.name for symbol in plan.symbols)
 
 
@@ -166,17 +174,25 @@ def _check_constants(plan: Plan) -> None:
             raise _fault(f"{path}.offset", f"expected a non-negative multiple of 64, got {constant.offset}")
 
 
-def _check_states(plan: Plan) -> None:
+def _check_states(plan: Plan, known: frozenset[str]) -> None:
     _unique([state.name for state in plan.states], "states")
+    chosen = {symbol.name for symbol in plan.symbols if symbol.state != -1}
     constants = {constant.name: constant for constant in plan.constants}
     for index, state in enumerate(plan.states):
         path = f"states[{index}]"
         _check_dtype(state.dtype, path)
-        if any(size < 0 for size in state.shape):
-            raise _fault(f"{path}.shape", "negative size")
-        expected = nbytes(state.dtype, state.shape)
+        for axis, size in enumerate(state.shape):
+            _check_size(size, known, f"{path}.shape[{axis}]")
+            if others := sizes.symbols_of(size) - chosen:
+                raise _fault(f"{path}.shape[{axis}]", f"{min(others)} is not a size of states")
+            if sizes.bounds(size, plan.ranges())[0] < 0:
+                raise _fault(f"{path}.shape[{axis}]", "negative size")
+        expected = sizes.mul(sizes.product(state.shape), ITEM_BYTES[state.dtype])
         if state.bytes != expected:
-            raise _fault(f"{path}.bytes", f"expected {expected} for its dtype and shape, got {state.bytes}")
+            shown = f"expected {sizes.show(expected)} for its dtype and shape, got {sizes.show(state.bytes)}"
+            raise _fault(f"{path}.bytes", shown)
+        if state.initial and not isinstance(state.bytes, int):
+            raise _fault(f"{path}.initial", "a state whose size varies starts as zeros")
         if state.initial:
             initial = constants.get(state.initial)
             if initial is None:

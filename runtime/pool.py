@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 from .errors import UsageError
@@ -31,8 +31,16 @@ class WorkspacePool(Generic[W]):
 
     fresh = True  # calls start from the initial state
 
-    def __init__(self, limit: int, make: Callable[[], W]) -> None:
+    def __init__(self, limit: int, make: Callable[[], W], sizes: Mapping[str, int] | None = None) -> None:
+        """Nothing is made yet.
+
+        Args:
+            limit: most workspaces at once.
+            make: makes one.
+            sizes: of the states in them.
+        """
         self.limit = limit
+        self.sizes = sizes or {}
         self._make = make
         self._start()
         _POOLS.add(self)
@@ -118,7 +126,8 @@ class OwnWorkspace(Generic[C]):
 
     fresh = False
 
-    def __init__(self, workspace: C, pool: WorkspacePool[Any]) -> None:
+    def __init__(self, workspace: C, pool: WorkspacePool[Any], sizes: Mapping[str, int] | None = None) -> None:
+        self.sizes = sizes or {}
         self._workspace = workspace
         self._pool = pool
         self._closed = False

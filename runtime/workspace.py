@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import address, aligned_bytes, scratch_bytes
+from .arrays import Zeros, address, aligned_bytes, scratch_bytes
 from .binding import Binding
 from .library import Call, ThreadPool
 from .plan import Plan
+from .state_sizes import bytes_of_states
 
 
 class Frame:
@@ -37,25 +38,26 @@ class Frame:
 class Workspace:
     """Arena and states of one caller at a time."""
 
-    def __init__(self, plans: Mapping[str, Plan], weights: np.ndarray, threads: ThreadPool) -> None:
+    def __init__(
+        self, plans: Mapping[str, Plan], weights: np.ndarray, threads: ThreadPool, sizes: Mapping[str, int]
+    ) -> None:
         """Allocate the states; the arena grows with the calls.
 
         Args:
             plans: by entry point.
             weights: the data section of the weight file, as bytes.
             threads: what the calls run on.
+            sizes: of the states.
         """
         self._plans = plans
         self._weights = weights
         self._threads = threads
         self._frames: dict[str, Frame] = {}
         self._arena = aligned_bytes(0)
-        self._states: dict[str, np.ndarray] = {}
-        for name, plan in plans.items():
-            for state in plan.states:
-                if state.name not in self._states:
-                    self._states[state.name] = aligned_bytes(state.bytes)
-            self.reset(name)
+        self._memory = {name: Zeros(count) for name, count in bytes_of_states(plans, sizes).items()}
+        self._states = {name: memory.array for name, memory in self._memory.items()}
+        for plan in plans.values():
+            self._fill(plan)
 
     def frame(self, entry: str, binding: Binding) -> Frame:
         """The arguments for a call with these sizes: arena and symbols are in place."""
@@ -78,17 +80,22 @@ class Workspace:
         """Set the states of an entry point to their initial values."""
         plan = self._plans[entry]
         for state in plan.states:
-            memory = self._states[state.name]
+            if not state.initial:
+                self._memory[state.name].clear()
+        self._fill(plan)
+
+    def _fill(self, plan: Plan) -> None:
+        """Write the first values of the states that do not start as zeros."""
+        for state in plan.states:
             if state.initial:
                 constant = next(item for item in plan.constants if item.name == state.initial)
-                memory[:] = self._weights[constant.offset : constant.offset + constant.bytes]
-            else:
-                memory[:] = 0
+                self._states[state.name][:] = self._weights[constant.offset : constant.offset + constant.bytes]
 
     def close(self) -> None:
         """Let go of the memory."""
         self._frames.clear()
         self._states.clear()
+        self._memory.clear()
         self._arena = aligned_bytes(0)
 
     @property

@@ -31,14 +31,15 @@ def description(plan: Plan) -> list[str]:
     starts = {constant.name: constant.offset for constant in plan.constants}
     symbols = [f"{{{text(symbol.name)}, {symbol.minimum}, {symbol.maximum}}}" for symbol in plan.symbols]
     states = [
-        f"{{{text(state.name)}, {state.bytes}, {starts[state.initial] if state.initial else -1}}}"
+        f"{{{text(state.name)}, {state.bytes if isinstance(state.bytes, int) else -1}, "
+        f"{starts[state.initial] if state.initial else -1}}}"
         for state in plan.states
     ]
     lines = _table("tw_symbol", "symbols", symbols)
     lines += _table("tw_port", "inputs", [_port(port) for port in plan.inputs])
     lines += _table("tw_port", "outputs", [_port(port) for port in plan.outputs])
     lines += _table("tw_state", "states", states)
-    lines += ["", *_check_function(plan), "", *_shapes_function(plan), ""]
+    lines += ["", *_check_function(plan), "", *_shapes_function(plan), "", *_state_bytes_function(plan), ""]
     counts = ", ".join(str(len(items)) for items in (plan.symbols, plan.inputs, plan.outputs, plan.states))
     name = f"tw_entry_{plan.entry}"
     return [
@@ -46,7 +47,7 @@ def description(plan: Plan) -> list[str]:
         f"TW_API extern const tw_entry {name};",
         f"const tw_entry {name} = {{",
         f"    {text(plan.entry)}, {counts}, tw_symbols, tw_inputs, tw_outputs, tw_states,",
-        f"    tw_check, tw_shapes, tw_arena_{plan.entry}, tw_run_{plan.entry},",
+        f"    tw_check, tw_shapes, tw_arena_{plan.entry}, tw_run_{plan.entry}, tw_state_bytes,",
         "};",
     ]
 
@@ -83,3 +84,9 @@ def _shapes_function(plan: Plan) -> list[str]:
     lines = ["static void tw_shapes(const int64_t *symbols, int64_t *dims) {", *symbol_lines(plan, "symbols")]
     lines += [f"    dims[{index}] = {size_text(size)};" for index, size in enumerate(dims)]
     return [*lines, "    (void)symbols;", "    (void)dims;", "}"]
+
+
+def _state_bytes_function(plan: Plan) -> list[str]:
+    lines = ["static void tw_state_bytes(const int64_t *symbols, int64_t *bytes) {", *symbol_lines(plan, "symbols")]
+    lines += [f"    bytes[{index}] = {size_text(state.bytes)};" for index, state in enumerate(plan.states)]
+    return [*lines, "    (void)symbols;", "    (void)bytes;", "}"]

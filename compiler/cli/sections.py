@@ -13,6 +13,7 @@ from ...runtime import sizes
 from ...runtime.artifact import Artifact
 from ...runtime.errors import ArtifactError, UsageError
 from ...runtime.plan import Constant, Plan, Step, to_json
+from ...runtime.state_sizes import total_bytes
 from . import facts, gpu
 from .output import heading, show_bytes, show_seconds, show_sizes, table
 
@@ -41,7 +42,7 @@ def describe(section: str, artifact: Artifact, values: Values, asked: Values | N
             entries[name] = {"sizes": at, "kernels": [vars(use) for use in facts.kernels_of(plan, at)]}
         elif section == "memory":
             scratch = facts.memory_of(plan, asked[name] if asked else None)
-            entries[name] = {"scratch": scratch, "states": sum(state.bytes for state in plan.states)}
+            entries[name] = {"scratch": scratch, "states": total_bytes({name: plan}, at)}
         else:
             entries[name] = _entry(plan)
     if section == "overview":
@@ -204,8 +205,10 @@ def _show_plan(artifact: Artifact, values: Values, asked: Values | None) -> None
         plan = plans[name]
         heading(f"Entry {name}")
         for symbol in plan.symbols:
-            factor = f" // {symbol.factor}" if symbol.factor > 1 else ""
-            read = f"axis {symbol.axis} of {plan.inputs[symbol.input].name}{factor}"
+            source = plan.states[symbol.state] if symbol.state != -1 else plan.inputs[symbol.input]
+            read = f"axis {symbol.axis} of {source.name}" + (f" - {symbol.offset}" if symbol.offset else "")
+            if symbol.factor > 1:
+                read = f"({read}) // {symbol.factor}" if symbol.offset else f"{read} // {symbol.factor}"
             click.echo(f"  {symbol.name} = {read}, {symbol.minimum}..{symbol.maximum}")
         for check in plan.checks:
             click.echo(f"  requires {sizes.show(check.condition)}  ({check.message})")
@@ -287,7 +290,9 @@ def _show_memory(artifact: Artifact, values: Values, asked: Values | None) -> No
             rows.append((case["at"], show_sizes(case["sizes"]), *amounts, ratio))
         table(("at", "sizes", "peak", "all buffers", "lower bound", "peak/bound"), rows, "llrrrr")
         if plan.states:
-            click.echo(f"state that a session keeps: {show_bytes(sum(state.bytes for state in plan.states))}")
+            chosen = {symbol.name: at[symbol.name] for symbol in plan.symbols if symbol.state != -1}
+            where = f" at {show_sizes(chosen)}" if chosen else ""
+            click.echo(f"state that a session keeps: {show_bytes(total_bytes({name: plan}, at))}{where}")
         if not plan.buffers:
             continue
         heading(f"Largest buffers of {name}" + (f" at {show_sizes(at)}" if at else ""))

@@ -188,12 +188,15 @@ def compiled_shapes(plan: Plan) -> dict[str, str]:
     def axis(port: Port, size: Any) -> str:
         if isinstance(size, int):
             return str(size)
-        symbol, factor = size, 1
-        if not isinstance(size, str) and size.op == "mul" and len(size.args) == 2:
-            symbol, factor = size.args
-        if not isinstance(symbol, str) or not isinstance(factor, int):
+        scaled, offset = size, 0
+        if not isinstance(size, str) and size.op == "add" and len(size.args) == 2:
+            scaled, offset = size.args
+        symbol, factor = scaled, 1
+        if not isinstance(scaled, str) and scaled.op == "mul" and len(scaled.args) == 2:
+            symbol, factor = scaled.args
+        if not isinstance(symbol, str) or not isinstance(factor, int) or not isinstance(offset, int) or offset < 0:
             raise UsageError(f"input {port.name!r} has sizes that depend on others; give its dimensions with --shape")
-        text = symbol if factor == 1 else f"{factor}*{symbol}"
+        text = (symbol if factor == 1 else f"{factor}*{symbol}") + (f"+{offset}" if offset else "")
         if symbol in named:
             return text
         named.add(symbol)

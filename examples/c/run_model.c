@@ -235,7 +235,14 @@ static void run(const library *lib, const char *data, const int64_t *symbols, ch
     for (int32_t i = 0; i < output_count; dims += entry->outputs[i++].rank)
         outputs[i] = allocate((int64_t)bytes(&entry->outputs[i], dims));
     for (int32_t i = 0; i < state_count; i++) { /* a program that calls again keeps them as they are then */
-        states[i] = allocate(entry->states[i].bytes);
+        int64_t size = entry->states[i].bytes;
+        if (size < 0) { /* with these sizes; every call on this state has to have the same */
+            int64_t *all = allocate(state_count * (int64_t)sizeof *all);
+            entry->state_bytes(symbols, all);
+            size = all[i];
+            free(all);
+        }
+        states[i] = allocate(size);
         if (entry->states[i].initial >= 0)
             memcpy(states[i], data + entry->states[i].initial, (size_t)entry->states[i].bytes);
     }

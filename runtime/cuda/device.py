@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from .. import sizes, tiles, tuned
+from .. import sizes, state_sizes, tiles, tuned
 from ..artifact import Artifact, map_weights
 from ..device import Device
 from ..entry import Entry, Source
@@ -57,7 +57,8 @@ class CudaDevice(Device[CudaWorkspace]):
             modules = Modules(code, memory)
             self._loaded = Loaded(context, memory, modules, results, weights, self.plans, stream)
             self._workspaces: weakref.WeakSet[CudaWorkspace] = weakref.WeakSet()
-            self._first: CudaWorkspace | None = CudaWorkspace(self._loaded)  # what every call needs is there
+            plain = state_sizes.resolve(self.plans)
+            self._first: CudaWorkspace | None = CudaWorkspace(self._loaded, plain)  # what every call needs is there
             self._workspaces.add(self._first)
             undo.pop_all()
         self.name = context.name
@@ -67,11 +68,13 @@ class CudaDevice(Device[CudaWorkspace]):
         self.code: Code = code
         self.artifact_path = artifact.path
 
-    def workspace(self) -> CudaWorkspace:
+    def workspace(self, sizes: Mapping[str, int]) -> CudaWorkspace:
         """A stream, states, and memory that grows with the calls."""
-        made, self._first = self._first, None
+        made = None
+        if sizes == state_sizes.resolve(self.plans):
+            made, self._first = self._first, None
         if made is None:
-            made = CudaWorkspace(self._loaded)
+            made = CudaWorkspace(self._loaded, sizes)
             self._workspaces.add(made)
         return made
 

@@ -17,6 +17,7 @@ from ..inspection import Reader
 from ..launches import Chooser, Launch, Operand, cached_launches
 from ..plan import Plan, Ref
 from ..results import compile_results
+from ..state_sizes import of_plan
 from .calls import Addresses, PreparedCall
 from .driver import Driver, DriverError
 from .results import DeviceArray
@@ -59,6 +60,7 @@ class CudaEntry(Entry[CudaWorkspace]):
         super().__init__(plan, source)
         self._loaded = loaded
         self._launches = cached_launches(plan, choose)
+        self._state_sizes = of_plan(plan, source.sizes)
         self._results = compile_results(plan.results)
 
     def __call__(self, *args: Any, out: Any = None, **kwargs: Any) -> Any:
@@ -160,7 +162,7 @@ class CudaEntry(Entry[CudaWorkspace]):
             else:
                 inputs.append(input_array(value, port))
         shapes = tuple(item.shape for item in inputs)
-        launches = self._launches(shapes)
+        launches = self._launches(shapes, self._state_sizes)
         call = _Call(workspace.prepare(self.name, shapes, launches))
         call.kept += inputs
         places = self._outputs(workspace, call, inputs, out, host)

@@ -22,6 +22,7 @@ from ..errors import ArtifactError, UsageError
 from ..gpus import Gpu
 from ..launches import Launch, Launches, make_launches
 from ..plan import Plan, Port, Tile, Variant
+from ..state_sizes import resolve
 from .calls import Addresses, PreparedCall
 from .device import CudaDevice, tuning_key
 from .driver import Driver
@@ -147,7 +148,10 @@ def _measure_all(
             if len(options) > 1 and launch.grid and key not in jobs:
                 jobs[key] = name, values, launches, launch, options
     results = []
-    workspace = device.workspace()
+    state_sizes = resolve(plans)
+    for _, values in wanted:
+        state_sizes = {name: max(size, values.get(name, size)) for name, size in state_sizes.items()}
+    workspace = device.workspace(state_sizes)
     try:
         for number, (key, (name, values, launches, launch, options)) in enumerate(jobs.items(), 1):
             where = ", ".join(f"{symbol}={value}" for symbol, value in values.items())

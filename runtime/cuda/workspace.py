@@ -16,6 +16,7 @@ from ..errors import ArtifactError
 from ..launches import Launches, Operand
 from ..plan import COUNTERS, Constant, Plan
 from ..plan_check import nbytes
+from ..state_sizes import bytes_of_states
 from .calls import ALIGNMENT, Kernel, PreparedCall
 from .context import Context
 from .memory import Block, Memory, Pinned
@@ -73,8 +74,13 @@ class Loaded:
 class CudaWorkspace:
     """Working memory of one caller at a time; all of it is used in the order of its stream."""
 
-    def __init__(self, loaded: Loaded) -> None:
-        """Allocate states and words; arena and scratch grow with the calls."""
+    def __init__(self, loaded: Loaded, state_sizes: Mapping[str, int]) -> None:
+        """Allocate states and words; arena and scratch grow with the calls.
+
+        Args:
+            loaded: what it is for.
+            state_sizes: of the states.
+        """
         self._loaded = loaded
         self._calls: OrderedDict[tuple[str, Shapes], PreparedCall] = OrderedDict()
         self._blocks: dict[str, Block] = {}
@@ -83,11 +89,10 @@ class CudaWorkspace:
         self._states: dict[str, tuple[int, int]] = {}  # offset and bytes in their block
         self._faults: dict[str, int] = {}  # of entry points that can have faults: their first word
         count = words = 0
+        for name, size in bytes_of_states(loaded.plans, state_sizes).items():
+            self._states[name] = count, size
+            count = _align(count + size)
         for name, plan in loaded.plans.items():
-            for state in plan.states:
-                if state.name not in self._states:
-                    self._states[state.name] = count, state.bytes
-                    count = _align(count + state.bytes)
             if _uses(plan, "fault"):
                 self._faults[name] = words
                 words += len(plan.steps)

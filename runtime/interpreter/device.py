@@ -22,6 +22,7 @@ from ..inspection import Reader
 from ..launches import Launch, Launches, cached_launches
 from ..plan import Plan, Tile, Variant
 from ..results import compile_results
+from ..state_sizes import of_plan
 from . import launch
 from .process import Interpreter
 from .workspace import CallMemory, InterpreterWorkspace, Weights
@@ -58,9 +59,9 @@ class InterpreterDevice(Device[InterpreterWorkspace]):
         self._weights = Weights(data, block, len(artifact.weights.header))
         self._kernels = Kernels(table)
 
-    def workspace(self) -> InterpreterWorkspace:
+    def workspace(self, sizes: Mapping[str, int]) -> InterpreterWorkspace:
         """New working memory, with all states as they are initially."""
-        return InterpreterWorkspace(self._interpreter, self.plans, self._weights.data)
+        return InterpreterWorkspace(self._interpreter, self.plans, self._weights.data, sizes)
 
     def entry(self, name: str, source: Source[InterpreterWorkspace]) -> Entry[InterpreterWorkspace]:
         """An entry point whose calls run on workspaces of a source."""
@@ -108,6 +109,7 @@ class InterpreterEntry(Entry[InterpreterWorkspace]):
         self._weights = weights
         self._kernels = kernels
         self._launches = cached_launches(plan, kernels.choose)
+        self._state_sizes = of_plan(plan, source.sizes)
         self._results = compile_results(plan.results)
 
     def __call__(self, *args: Any, out: Any = None, **kwargs: Any) -> Any:
@@ -128,7 +130,7 @@ class InterpreterEntry(Entry[InterpreterWorkspace]):
         plan = self.plan
         values = zip(ordered(plan, args, kwargs), plan.inputs, strict=True)
         inputs = [input_array(value, port) for value, port in values]
-        launches = self._launches(tuple(array.shape for array in inputs))
+        launches = self._launches(tuple(array.shape for array in inputs), self._state_sizes)
         given: Sequence[Any] = [None] * len(plan.outputs)
         if out is not None:
             given = output_arrays(out, plan.outputs, [shape for shape, _ in launches.outputs], inputs)

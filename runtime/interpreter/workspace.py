@@ -9,6 +9,7 @@ import numpy as np
 from .. import sizes
 from ..launches import Launches, Operand
 from ..plan import COUNTERS, Plan, Ref
+from ..state_sizes import bytes_of_states
 from . import launch
 from .memory import ALIGNMENT, Shared
 from .process import Interpreter
@@ -20,23 +21,24 @@ UNWRITTEN = 0xFF
 class InterpreterWorkspace:
     """The memory of one call at a time."""
 
-    def __init__(self, interpreter: Interpreter, plans: Mapping[str, Plan], weights: np.ndarray) -> None:
+    def __init__(
+        self, interpreter: Interpreter, plans: Mapping[str, Plan], weights: np.ndarray, state_sizes: Mapping[str, int]
+    ) -> None:
         """Allocate the states, as they are initially; the block grows with the calls.
 
         Args:
             interpreter: what shares the memory.
             plans: by entry point.
             weights: the data section of the weight file, as bytes.
+            state_sizes: of the states.
         """
         self._interpreter = interpreter
         self._plans = plans
         self._weights = weights
         self._block: Shared | None = None
-        self.states: dict[str, Shared] = {}
-        for name, plan in plans.items():
-            for state in plan.states:
-                if state.name not in self.states:
-                    self.states[state.name] = Shared(interpreter, state.bytes)
+        counts = bytes_of_states(plans, state_sizes)
+        self.states = {name: Shared(interpreter, count) for name, count in counts.items()}
+        for name in plans:
             self.reset(name)
 
     def block(self, size: int) -> Shared:

@@ -117,6 +117,8 @@ def test_dimensions_of_a_plan_in_the_dimension_language():
     )
     assert compiled_shapes(plan(ports, symbols)) == {"image": "3,16*h:2..32", "rows": "n:1..8,16*h"}
     assert compiled_shapes(plan((Port("x", "float32", (4,)),))) == {}
-    derived = (Port("x", "float32", ("n",)), Port("y", "float32", (sizes.add("n", 1),)))
+    more = (Port("x", "float32", ("n",)), Port("y", "float32", (sizes.add(sizes.mul("n", 3), 1), sizes.add("n", 2))))
+    assert compiled_shapes(plan(more, (Symbol("n", 1, 8, 2, 0, 0),))) == {"x": "n:1..8", "y": "3*n+1,n+2"}
+    derived = (Port("x", "float32", ("n",)), Port("y", "float32", (sizes.mul("n", "n"),)))
     with pytest.raises(UsageError, match="--shape"):
         compiled_shapes(plan(derived, (Symbol("n", 1, 8, 2, 0, 0),)))

@@ -16,6 +16,19 @@ def test_parses_sizes_symbols_and_multiples():
     assert spec.describe("x") == "batch:1..64,3,16*h:2..32,w:0..9"
 
 
+def test_a_number_may_be_added():
+    spec = parse_shapes({"starts": "sequences + 1:1..64, 3*n+2:4..4", "contexts": "sequences"})
+    assert spec.inputs["starts"] == (Symbolic("sequences", 1, 1), Fixed(14))
+    assert spec.describe("starts") == "sequences+1:1..64,14"
+    samples = {"starts": torch.zeros(4, 14), "contexts": torch.zeros(3)}
+    assert spec.sizes(samples) == {"sequences": 3}
+    assert spec.resize(samples, {"sequences": 6})["starts"].shape == (7, 14)
+    with pytest.raises(UsageError, match="declared as sequences\\+1, but the sample's size is 0"):
+        spec.sizes({"starts": torch.zeros(0, 14), "contexts": torch.zeros(3)})
+    dims = spec.torch_dims(("starts", "contexts"))
+    assert from_torch(dict(zip(("starts", "contexts"), dims, strict=True)), samples) == spec
+
+
 def test_a_scalar_input_has_no_entries():
     assert parse_shapes({"x": ""}).inputs["x"] == ()
 
@@ -40,7 +53,7 @@ def test_a_symbol_with_one_value_is_a_size():
         ("batch:-1..4", "non-negative"),
         ("batch:a..4", "'a'.*no size"),
         ("1..4", "cannot read '1..4'"),
-        ("batch+1:1..4", "cannot read"),
+        ("batch-1:1..4", "cannot read"),
         ("2,,3", "cannot read ''"),
         ("class:1..4", "no name for a dimension"),
         ("s77:1..4", "reserved"),
@@ -138,7 +151,7 @@ def test_torch_dimensions_need_an_upper_bound(dim):
 
 def test_torch_dimensions_that_have_no_word():
     with pytest.raises(UsageError, match="no multiple"):
-        from_torch({"x": {0: Dim("n", max=4) + 1}}, samples(x=(4,)))
+        from_torch({"x": {0: Dim("n", max=4) - 1}}, samples(x=(4,)))
     with pytest.raises(UsageError, match="axis 1"):
         from_torch({"x": {1: Dim("n", max=4)}}, samples(x=(4,)))
     with pytest.raises(UsageError, match="no input is called 'w'"):

@@ -81,10 +81,10 @@ def test_launches_are_remembered_by_shape(plans):
         return variant.tiles[0]
 
     launches = cached_launches(plans["main"], choose)
-    assert launches(((3, 8), (3,))) is launches(((3, 8), (3,)))
+    assert launches(((3, 8), (3,)), ()) is launches(((3, 8), (3,)), ())
     assert asked == [0, 1]
     with pytest.raises(ShapeError, match="axis 1"):
-        launches(((3, 7), (3,)))
+        launches(((3, 7), (3,)), ())
 
 
 def test_grids_have_a_limit(plans):

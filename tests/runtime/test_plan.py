@@ -55,7 +55,7 @@ def test_round_trip(changed_plan, data):
         ("symbols.0.sample", 0, "symbols[0]: expected 0 <= minimum <= sample"),
         ("symbols.0.input", 2, "symbols[0].input: there is no input 2"),
         ("symbols.0.axis", 2, "symbols[0].axis: input 0 has no axis 2"),
-        ("symbols.0.axis", 1, "symbols[0].axis: the size of that axis is not a multiple of n"),
+        ("symbols.0.axis", 1, "symbols[0].axis: the size of that axis is not n"),
         ("symbols.0.factor", 0, "symbols[0].factor: expected a positive factor"),
         ("inputs.0.dtype", "float33", "inputs[0].dtype: unknown dtype 'float33'"),
         ("inputs.0.shape.1", "m", "inputs[0].shape[1]: unknown symbol 'm'"),

@@ -29,7 +29,7 @@ typedef struct {
 /* Memory that lasts from call to call, 64-byte aligned. States of the same name are one for all entry points. */
 typedef struct {
     const char *name;
-    int64_t bytes;
+    int64_t bytes; /* -1: its size varies, ask state_bytes; it is chosen once, for all calls that share the state */
     int64_t initial; /* where in the data section of the weights its first content lies; -1: it starts as zeros */
 } tw_state;
 
@@ -47,6 +47,8 @@ typedef struct {
     /* tw_arena_<entry> and tw_run_<entry>, see tw_runtime.h. */
     int64_t (*arena)(const int64_t *symbols, int64_t *offsets);
     int32_t (*run)(tw_call *call);
+    /* Fills in the bytes of each state. Libraries of format 2 and before end above; no state of theirs varies. */
+    void (*state_bytes)(const int64_t *symbols, int64_t *bytes);
 } tw_entry;
 
 /* Processor flags that the code needs, as /proc/cpuinfo spells them, with a space between. Without them, calls end in

@@ -61,7 +61,7 @@ def open_generator(
             f"({most} blocks of {described.block}), got {cache_tokens}"
         )
     text = text_of(model)
-    session = model.session(sizes={"blocks": min(blocks, most)})  # type: ignore[call-arg]
+    session = model.session(sizes={"blocks": min(blocks, most)})
     entry = session.entry(described.entry)
 
     def step(

@@ -10,7 +10,7 @@ from pathlib import Path
 import tilewright
 
 SCRIPT = '''
-"""Compiles a convolutional network and a transformer for two targets into the directory of its argument."""
+"""Compiles a convolutional network for two targets and a transformer for one into the directory of its argument."""
 import sys
 
 import torch
@@ -50,13 +50,14 @@ class Block(nn.Module):
         return {"logits": x + self.down(F.gelu(self.up(x))), "attention": scores}
 
 
-for name, module, sample, shapes in (
-    ("cnn", Network(), torch.randn(2, 3, 12, 12), {"image": "batch:1..8,3,12,12"}),
-    ("transformer", Block(), torch.zeros(2, 6, dtype=torch.int64), {"ids": "batch:1..8,seq:1..32"}),
+V3, V4 = "cpu:x86-64-v3", "cpu:x86-64-v4"
+for name, target, module, sample, shapes in (
+    ("cnn", f"{V3},{V4}", Network(), torch.randn(2, 3, 12, 12), {"image": "batch:1..8,3,12,12"}),
+    ("transformer", V3, Block(), torch.zeros(2, 6, dtype=torch.int64), {"ids": "batch:1..8,seq:1..32"}),
 ):
     tilewright.compile(
         initialize(module, 0), (sample,), output=f"{sys.argv[1]}/{name}.tw", dynamic_shapes=shapes,
-        target="cpu:x86-64-v3,cpu:x86-64-v4", verify="off",
+        target=target, verify="off",
     )
 '''
 
@@ -76,11 +77,11 @@ def test_two_processes_give_the_same_bytes(tmp_path):
     for run in runs:
         _, errors = run.communicate(timeout=300)
         assert run.returncode == 0, errors.decode()
-    for name in ("cnn.tw", "transformer.tw"):
+    for name, targets in (("cnn.tw", 2), ("transformer.tw", 1)):
         first, second = tmp_path / "a" / name, tmp_path / "another" / "place" / name
         files = _files(first)
         assert files == _files(second)
-        assert sum(path.endswith("model.so") for path in files) == 2
+        assert sum(path.endswith("model.so") for path in files) == targets
         for path in files:
             content = (first / path).read_bytes()
             assert content == (second / path).read_bytes(), f"{name}/{path} differs"

@@ -1,4 +1,4 @@
-"""The processor's intrinsics, precompiled for GCC: their header is as long to read as a kernel is to compile.
+"""The processor's intrinsics, precompiled: their header takes as long to read as a kernel takes to compile.
 
 A precompiled header fits exactly one compiler and set of flags. This process makes each on the first compilation with
 two sources that need it, and keeps it in a temporary directory until it ends. The objects are the same, byte for byte.
@@ -14,6 +14,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..targets import CompilerKind
+
 INTRINSICS = "immintrin.h"
 _INCLUDED = re.compile(r'^[ \t]*#[ \t]*include[ \t]+["<]([^">]+)[">]', re.M)
 
@@ -26,15 +28,16 @@ class Precompiled:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._headers: dict[tuple[str, ...], Path | None] = {}
 
-    def options(self, command: Sequence[str], wanting: int) -> tuple[str, ...]:
+    def options(self, command: Sequence[str], kind: CompilerKind, wanting: int) -> tuple[str, ...]:
         """Options, to stand before all others that include files, that bring the intrinsics.
 
         Args:
             command: compiler and flags, exactly those that the sources are compiled with.
+            kind: of the compiler.
             wanting: how many sources will be compiled with them now. One alone is no reason to make a header.
 
         Returns:
-            No options where a header is not worth it, or this compiler makes none: sources include theirs anyway.
+            No options where a header is not worth it, or this compiler makes none: sources include it anyway.
         """
         key = tuple(command)
         with self._lock:
@@ -44,7 +47,10 @@ class Precompiled:
                 if wanting < 2:
                     return ()
                 header = self._headers[key] = self._make(key, len(self._headers))
-        return () if header is None else ("-include", str(header))
+        if header is None:
+            return ()
+        # GCC looks for what is precompiled beside a header, and reads the header where that does not fit.
+        return ("-include", str(header.with_suffix(""))) if kind == "gcc" else ("-include-pch", str(header))
 
     def _make(self, command: tuple[str, ...], number: int) -> Path | None:
         if self._folder is None or not Path(self._folder.name).exists():
@@ -53,7 +59,7 @@ class Precompiled:
         header.write_text(f"#include <{INTRINSICS}>\n")
         arguments = [*command, "-x", "c-header", header.name, "-o", f"{header.name}.gch"]
         done = subprocess.run(arguments, cwd=header.parent, capture_output=True)
-        return header if done.returncode == 0 else None
+        return Path(f"{header}.gch") if done.returncode == 0 else None
 
 
 PRECOMPILED = Precompiled()

@@ -184,8 +184,8 @@ def compile_object(
     with _workplace() as folder:
         (folder / f"{source.name}.c").write_text(source.text)
         command = (*compiler.command, *flags)
-        if compiler.kind == "gcc" and needs_intrinsics(source.text, include):
-            command += PRECOMPILED.options(command, wanting)
+        if needs_intrinsics(source.text, include):
+            command += PRECOMPILED.options(command, compiler.kind, wanting)
         command += (*_system_bindings(compiler), "-I", str(include))
         prefixes = (f"-ffile-prefix-map={folder}=.", f"-ffile-prefix-map={include}=.")
         _run(

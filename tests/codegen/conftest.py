@@ -148,8 +148,8 @@ class Native:
         else:
             command = [compiler, *FLAGS, *GCC_TARGETS[target], *(SANITIZE if self.sanitize else ())]
         command += flags
-        if compiler == "gcc" and needs_intrinsics(source, TEMPLATES):
-            command += PRECOMPILED.options(command, wanting=2)
+        if needs_intrinsics(source, TEMPLATES):
+            command += PRECOMPILED.options(command, "zig" if compiler == "zig" else "gcc", wanting=2)
         command += ["-shared", "-I", str(TEMPLATES)]
         key = hashlib.sha256("\0".join([source, *command]).encode()).hexdigest()[:20]
         library = self.folder / f"{key}.so"

@@ -15,12 +15,12 @@ TEXT = '#include "tw_sums.h"\nfloat total(const float *x) {{ return x[0] + {numb
 TARGET = parse("cpu:x86-64-v3", frozenset())
 
 
-@pytest.fixture
-def gcc(monkeypatch):
-    """The system's GCC, and headers of this test's own."""
-    found = [compiler for compiler in toolchain.available_compilers() if compiler.kind == "gcc"]
+@pytest.fixture(params=["gcc", "zig"])
+def compiler(request, monkeypatch):
+    """A compiler, and headers of this test's own."""
+    found = [compiler for compiler in toolchain.available_compilers() if compiler.kind == request.param]
     if not found:
-        pytest.skip("no GCC")
+        pytest.skip(f"no {request.param}")
     monkeypatch.setattr(toolchain, "PRECOMPILED", precompiled.Precompiled())
     return found[0]
 
@@ -30,19 +30,19 @@ def made() -> list[Path]:
     return sorted(Path(folder.name).glob("*.gch")) if folder else []
 
 
-def test_objects_are_the_same(gcc):
+def test_objects_are_the_same(compiler):
     sources = [Source(f"k{number}", TEXT.format(number=number)) for number in range(2)]
-    flags = (*COMPILE_FLAGS, *TARGET.flags("gcc"))
-    without = [compile_object(gcc, source, flags) for source in sources]
+    flags = (*COMPILE_FLAGS, *TARGET.flags(compiler.kind))
+    without = [compile_object(compiler, source, flags) for source in sources]
     assert not made(), "one source alone is no reason"
-    assert compile_objects(gcc, sources, TARGET) == without
+    assert compile_objects(compiler, sources, TARGET) == without
     assert len(made()) == 1
-    compile_objects(gcc, [Source("k2", TEXT.format(number=2))], TARGET)
+    compile_objects(compiler, [Source("k2", TEXT.format(number=2))], TARGET)
     assert len(made()) == 1, "what is there is used"
     shutil.rmtree(toolchain.PRECOMPILED._folder.name)
-    assert compile_objects(gcc, sources, TARGET) == without, "it may be tidied up by others"
-    broken = toolchain.PRECOMPILED.options((*gcc.command, "-no-such-flag"), 2)
-    assert broken == () == toolchain.PRECOMPILED.options((*gcc.command, "-no-such-flag"), 2)
+    assert compile_objects(compiler, sources, TARGET) == without, "it may be tidied up by others"
+    broken = (*compiler.command, "-no-such-flag"), compiler.kind, 2
+    assert toolchain.PRECOMPILED.options(*broken) == () == toolchain.PRECOMPILED.options(*broken)
 
 
 def test_finds_out_who_needs_them():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from ..passes.graph.query import arguments
 from ..runtime import sizes
 from ..runtime.errors import CompileError
 from ..runtime.sizes import Size
@@ -63,6 +64,19 @@ class Anchored:
             offset = self.kernel.offset(parameter.shape, parameter.layout, index)
             stores.append((parameter, offset, builder.cast(value.at(index), parameter.dtype)))
         return stores
+
+    def pointers(self, *names: str) -> dict[str, str]:
+        """The buffers of operands that the template reads as they lie in memory, by the operands' names.
+
+        Raises:
+            CompileError: an operand has no buffer, because it is known when compiling.
+        """
+        given = arguments(self.anchor)
+        values = {name: self.operand(given[name]) for name in names}
+        for name, value in values.items():
+            if value is None or not value.buffer or value.layout != "rows":
+                raise CompileError(f"{self.anchor}: {name} must be given when the model is called")
+        return {name: value.buffer for name, value in values.items() if value is not None}
 
     def storage_dtypes(self) -> dict[str, str]:
         """Storage dtype of every buffer parameter."""

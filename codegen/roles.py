@@ -16,16 +16,9 @@ _ANCHORS = {
     **dict.fromkeys(matmul.ADDED, Anchor("matmul", (1, 2))),
     **dict.fromkeys(convolution.TARGETS, Anchor("convolution", (0,))),
     **dict.fromkeys(attention.TARGETS, Anchor("attention", (0, 1, 2), epilogue=False, tail=True)),
+    **dict.fromkeys(cache_append.TARGETS, Anchor("cache_append", (1,), epilogue=False, inlines=(1,), updates=0)),
+    **dict.fromkeys(paged_attention.TARGETS, Anchor("paged_attention", (0,), epilogue=False, tail=True, inlines=(0,))),
 }
-_ANCHORS_OF = {
-    "cpu": {
-        **dict.fromkeys(cache_append.TARGETS, Anchor("cache_append", (1,), epilogue=False, inlines=(1,), updates=0)),
-        **dict.fromkeys(
-            paged_attention.TARGETS, Anchor("paged_attention", (0,), epilogue=False, tail=True, inlines=(0,))
-        ),
-    },
-    "cuda": {},
-}  # those that only some kinds of device have kernels for
 
 
 def fusion_roles(device: str = "cpu") -> Roles:
@@ -43,4 +36,4 @@ def fusion_roles(device: str = "cpu") -> Roles:
         frozenset(groups.get(role, ())) for role in ("pointwise", "view", "gather", "reduction", "window")
     )
     image_layout = "channels16" if device == "cpu" else "channels_last"
-    return Roles(pointwise, view, gather, reduction, window, _ANCHORS | _ANCHORS_OF[device], image_layout, LANES)
+    return Roles(pointwise, view, gather, reduction, window, dict(_ANCHORS), image_layout, LANES)

@@ -46,11 +46,11 @@ _ROLES = {
     ),
     "cache_append": (
         "Appending to a cache",
-        "Rows of keys or values go to their places in a paged cache, in the memory of the state that it is. On CPUs.",
+        "Rows of keys or values go to their places in a paged cache, in the memory of the state that it is.",
     ),
     "paged_attention": (
         "Attention over a paged cache",
-        "Tokens of several sequences, each over its own blocks of the caches, float32 or bfloat16. On CPUs.",
+        "Tokens of several sequences, each over its own blocks of the caches, float32 or bfloat16.",
     ),
 }
 _FAMILIES = ("matmul", "convolution", "attention", "cache_append", "paged_attention")

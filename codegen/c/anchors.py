@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ...passes.graph.query import arguments
 from ...runtime import sizes
-from ...runtime.errors import CompileError
 from ...runtime.sizes import Size
 from .. import anchors
 from ..expr import Expr, coefficient
@@ -82,19 +80,6 @@ class Anchored(anchors.Anchored):
         """Fresh scopes for one hole: its row part and its element part."""
         outside = Scope(Emitter(self.kernel.builder, self.storage_dtypes()), None, outer)
         return outside, outside.child(inner, "acc")
-
-    def pointers(self, *names: str) -> dict[str, str]:
-        """The buffers of operands that the template reads as they lie in memory, by the operands' names.
-
-        Raises:
-            CompileError: an operand has no buffer, because it is known when compiling.
-        """
-        given = arguments(self.anchor)
-        values = {name: self.operand(given[name]) for name in names}
-        for name, value in values.items():
-            if value is None or not value.buffer or value.layout != "rows":
-                raise CompileError(f"{self.anchor}: {name} must be given when the model is called")
-        return {name: value.buffer for name, value in values.items() if value is not None}
 
     def code(
         self, template: str, *, family: str, units: Size, flops: Size, bytes: Size | None = None, **context: object

@@ -38,6 +38,10 @@ class Anchored(anchors.Anchored):
         self._faults = self._faults or scope.uses_fault
         return "\n".join(scope.lines)
 
+    def needs_fault(self) -> None:
+        """Say that the template itself stores to the fault word."""
+        self._faults = True
+
     def read(self, value: Value, index: tuple[Size, ...], variables: Mapping[str, Var], name: str, dtype: str) -> str:
         """A hole that assigns one block of an operand to a name.
 

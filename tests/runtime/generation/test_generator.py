@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tilewright.runtime.errors import InputError, UsageError
 from tilewright.runtime.generation.calls import Need, default_blocks, params_for
 from tilewright.runtime.generation.description import Generation
 from tilewright.runtime.generation.generator import Generator
+from tilewright.runtime.generation.request import Request
 from tilewright.runtime.generation.sampling import SamplingParams
 from tilewright.runtime.generation.stream import Stream
 from tilewright.runtime.generation.text import ByteText
@@ -228,6 +230,34 @@ def test_cancelling_returns_blocks_and_text(make, toy):
     while generator.busy:
         generator.step()
     assert kept.tokens == toy.greedy([3], 12) and late.tokens == toy.greedy([5], 12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_requests_come_go_and_fail_at_random(make, toy, seed):
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    step = toy.Step(chance.choice((10, 25)))
+    step.refuse = {299}
+    generator = make(blocks=len(step.cache), step=step)
+    asked: list[tuple[Request, list[int], int]] = []
+    while len(asked) < 30 or generator.busy:
+        if len(asked) < 30 and chance.random() < 0.6:
+            prompt = [chance.randrange(290) for _ in range(chance.randint(1, 20))]
+            if chance.random() < 0.1:
+                prompt[-1] = 299
+            count = chance.randint(1, 15)
+            asked.append((generator.submit(prompt, SamplingParams(max_tokens=count, ignore_eos=True)), prompt, count))
+        if asked and chance.random() < 0.05:
+            generator.cancel(chance.choice(asked)[0])
+        generator.step()
+    assert {request.finish for request, _, _ in asked} <= {"length", "cancelled", "error"}
+    for request, prompt, count in asked:
+        expected = toy.greedy(prompt, count)
+        assert request.tokens == expected[: len(request.tokens)]
+        if request.finish == "length":
+            assert len(request.tokens) == count
+        if request.finish == "error":
+            assert "refuses" in str(request.error) and 299 in [*prompt, *request.tokens]
 
 
 @pytest.mark.parametrize("how", ["close", "with", "drop", "error"])

@@ -57,7 +57,9 @@ def main() -> None:
     )
     rows: list[dict[str, str | int | float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        cases = [case for case in every_case() if re.search(options.only, case.name)]
+        cases = [
+            case for case in every_case(packing.panel_of(target.vector_bits)) if re.search(options.only, case.name)
+        ]
         limits = loops(target, Path(folder), reading=any(is_read(case) for case in cases))
         for case in cases:
             limit = limits["read"] if is_read(case) else limits.get(case.dtype, limits["float32"])
@@ -103,9 +105,9 @@ def repeats_for(case: Case | Attention, threads: int) -> int:
     return max(1, (20_000_000 if threads == 1 else 200_000_000) // case.flops)
 
 
-def every_case() -> Iterator[Case | Attention]:
-    """Layers, then attention in both types."""
-    yield from layers()
+def every_case(panel: int) -> Iterator[Case | Attention]:
+    """Layers, their products with panels of so many columns, then attention in both types."""
+    yield from layers(panel)
     for bf16 in (False, True):
         yield from prompts(bf16=bf16)
         yield from decoding(bf16=bf16)
@@ -116,7 +118,7 @@ def is_read(case: Case | Attention) -> bool:
     return isinstance(case, Attention) and case.reads
 
 
-def layers() -> Iterator[Case]:
+def layers(panel: int) -> Iterator[Case]:
     """The layers of the models that Tilewright is measured on."""
     for name, m, n, k in (
         ("bert 128 attention output", 128, 768, 768),
@@ -132,62 +134,64 @@ def layers() -> Iterator[Case]:
         ("llama decode 8192 to 2048", 1, 2048, 8192),
         ("classifier 2048 to 1000", 1, 1000, 2048),
     ):
-        yield linear(name, m, n, k)
-        yield linear_bf16(f"bf16 {name}", m, n, k)
+        yield linear(name, m, n, k, panel)
+        yield linear_bf16(f"bf16 {name}", m, n, k, panel)
         if m > 1:
-            yield linear_bf16(f"bf16 of float32 {name}", m, n, k, left="float32")
-        yield product_int8(f"int8 {name}", m, n, k)
+            yield linear_bf16(f"bf16 of float32 {name}", m, n, k, panel, left="float32")
+        yield product_int8(f"int8 {name}", m, n, k, panel)
     yield from convolutions()
     yield from winograd_layers()
 
 
-def linear(name: str, m: int, n: int, k: int) -> Case:
+def linear(name: str, m: int, n: int, k: int, panel: int) -> Case:
     x, weight = random(m, k), random(n, k)
-    chosen = choose(Problem(1, m, n, k, apart=k))
+    chosen = choose(Problem(1, m, n, k, apart=k, panel=panel))
     source = render(
-        "matmul.c.jinja", name="kernel", prelude=POINTERS, BATCH=1, M=m, N=n, K=k,
+        "matmul.c.jinja", name="kernel", prelude=POINTERS, BATCH=1, M=m, N=n, K=k, panel=panel,
         a_direct=True, a_base="x", a_stride=k, b_packed=True, b_base="w", **chosen.context,
         epilogue=Hole(f"float *restrict to = y + m * {n};", "to[n] = acc;"),
     )  # fmt: skip
     tensors = torch.from_numpy(x), torch.from_numpy(weight)
-    arrays = [x, packing.pack_matmul(weight.T), np.empty((m, n), np.float32)]
-    units = packing.matmul_units(1, m, n, chosen.block)
+    arrays = [x, packing.pack_matmul(weight.T, panel), np.empty((m, n), np.float32)]
+    units = packing.matmul_units(1, m, n, chosen.block, panel)
     return Case(name, 2 * m * n * k, source, arrays, int(units), lambda: torch.nn.functional.linear(*tensors))
 
 
-def linear_bf16(name: str, m: int, n: int, k: int, left: str = "bfloat16") -> Case:
+def linear_bf16(name: str, m: int, n: int, k: int, panel: int, left: str = "bfloat16") -> Case:
     x, weight = (torch.from_numpy(random(*shape)) for shape in ((m, k), (n, k)))
     narrow, narrow_weight = x.bfloat16(), weight.bfloat16()
     kind = "float" if left == "float32" else "uint16_t"
-    chosen = choose(Problem(1, m, n, -(-k // 2), "converted" if left == "float32" else "direct", apart=k // 2))
+    chosen = choose(
+        Problem(1, m, n, -(-k // 2), "converted" if left == "float32" else "direct", apart=k // 2, panel=panel)
+    )
     source = render(
-        "matmul.c.jinja", name="kernel", kind="bfloat16", BATCH=1, M=m, N=n, K=k,
+        "matmul.c.jinja", name="kernel", kind="bfloat16", BATCH=1, M=m, N=n, K=k, panel=panel,
         prelude=f"const {kind} *restrict x = buf[0]; uint16_t *restrict w = buf[1], *restrict y = buf[2];",
         a_direct=True, a_base="x", a_stride=k, a_storage=left, b_packed=True, b_base="w", **chosen.context,
         epilogue=Hole(f"uint16_t *restrict to = y + m * {n};", "to[n] = tw_f32_to_bf16(acc);"),
     )  # fmt: skip
     arrays = [
         to_numpy(x if left == "float32" else narrow),
-        packing.pack_words(to_numpy(narrow_weight.T)),
+        packing.pack_words(to_numpy(narrow_weight.T), panel),
         np.empty((m, n), np.uint16),
     ]
-    units = packing.matmul_units(1, m, n, chosen.block)
+    units = packing.matmul_units(1, m, n, chosen.block, panel)
     call = functools.partial(torch.nn.functional.linear, narrow, narrow_weight)
     return Case(name, 2 * m * n * k, source, arrays, int(units), call, "bfloat16")
 
 
-def product_int8(name: str, m: int, n: int, k: int) -> Case:
+def product_int8(name: str, m: int, n: int, k: int, panel: int) -> Case:
     generator = np.random.default_rng(0)
     x, weight = (generator.integers(-128, 128, shape, np.int8) for shape in ((m, k), (k, n)))
-    chosen = choose(Problem(1, m, n, -(-k // 4), "converted"))
+    chosen = choose(Problem(1, m, n, -(-k // 4), "converted", panel=panel))
     source = render(
-        "matmul.c.jinja", name="kernel", kind="int8", BATCH=1, M=m, N=n, K=k,
+        "matmul.c.jinja", name="kernel", kind="int8", BATCH=1, M=m, N=n, K=k, panel=panel,
         prelude="const int8_t *restrict x = buf[0], *restrict w = buf[1]; int32_t *restrict y = buf[2];",
         a_direct=True, a_base="x", a_stride=k, b_packed=True, b_base="w", **chosen.context,
         epilogue=Hole(f"int32_t *restrict to = y + m * {n};", "to[n] = acc;"),
     )  # fmt: skip
-    arrays = [x, packing.pack_bytes(weight), np.empty((m, n), np.int32)]
-    units = packing.matmul_units(1, m, n, chosen.block)
+    arrays = [x, packing.pack_bytes(weight, panel), np.empty((m, n), np.int32)]
+    units = packing.matmul_units(1, m, n, chosen.block, panel)
     call = functools.partial(torch._int_mm, torch.from_numpy(x), torch.from_numpy(weight))
     return Case(name, 2 * m * n * k, source, arrays, int(units), call, "int8")
 

@@ -13,6 +13,7 @@ from ..passes.graph.program import Program
 from ..runtime.plan import Constant, Plan
 from .artifact import ConstantData, TargetBinaries, layout_constants, weights_id
 from .c.backend import Weights, build
+from .c.packing import panel_of
 from .c.toolchain import Compiler
 from .c.tuning import Tuner, Tunings
 from .c.winograd_selection import Decision, select_winograd
@@ -51,7 +52,10 @@ class Generated:
 
 
 def generate(
-    programs: Mapping[str, Sequence[Program]], precision: str = "ieee", tuner: Tuner | None = None
+    programs: Mapping[str, Sequence[Program]],
+    precision: str = "ieee",
+    tuner: Tuner | None = None,
+    vector_bits: int = 512,
 ) -> Generated:
     """Lower entry points that share weights and kernels.
 
@@ -59,6 +63,7 @@ def generate(
         programs: after the passes, by kind of device (``"cpu"``, ``"cuda"``); regions of convolutions are annotated.
         precision: how GPU kernels multiply float32, ``"ieee"`` or ``"tf32"``.
         tuner: measures CPU kernels; without it the model of the machine chooses.
+        vector_bits: of the CPU target that has the widest vectors; how weights are packed depends on it.
 
     Raises:
         UnsupportedOperator: a node has no kernel.
@@ -72,7 +77,10 @@ def generate(
         kernels[device] = KernelTable()
         families = families_of(device)
         chooser = tuner if device == "cpu" else None
-        lowered[device] = [lower(program, kernels[device], table, families, precision, chooser) for program in entries]
+        lowered[device] = [
+            lower(program, kernels[device], table, families, precision, chooser, panel_of(vector_bits))
+            for program in entries
+        ]
     data = [ConstantData(item.key, item.dtype, item.shape, item.load) for item in table.constants]
     places = layout_constants(data)
     constants = [

@@ -136,6 +136,7 @@ def lower(
     families: Mapping[str, Family],
     precision: str = "ieee",
     tuner: Chooser | None = None,
+    panel: int = 32,
 ) -> Lowered:
     """Lower one entry point.
 
@@ -146,13 +147,14 @@ def lower(
         families: the kernel families of the dialect to lower to, by the names that regions have.
         precision: :attr:`Task.precision` of every region.
         tuner: chooses among the kernels that families offer; without it theirs are taken.
+        panel: :attr:`Task.panel` of every region.
 
     Raises:
         UnsupportedOperator: nodes outside regions remain; lists all of them.
         CompileError: a size or a value cannot be expressed.
     """
     before = _assumptions(program)
-    lowered = _Lowering(program, kernels, constants, families, precision, tuner).run()
+    lowered = _Lowering(program, kernels, constants, families, precision, tuner, panel).run()
     if len(_assumptions(program)) > len(before):
         raise CompileError(
             f"lowering {program.name} took a size that varies for a number: {_assumptions(program)[len(before)]}; "
@@ -179,8 +181,10 @@ class _Lowering:
         families: Mapping[str, Family],
         precision: str,
         tuner: Chooser | None,
+        panel: int,
     ) -> None:
         self.program = program
+        self.panel = panel
         self.tuner = tuner
         self.families = families
         self.precision = precision
@@ -255,7 +259,9 @@ class _Lowering:
             results.append(Storage("buffer", self.symbols.shape(value), dtype_name(value.dtype), layout, name))
         operands = [None if is_size(operand) else self._storage(operand) for operand in node.args]  # type: ignore[arg-type]
         tuned_for = self.tuner.base if self.tuner else ""
-        task = Task(node, nested, operands, results, self.symbols, self.constants, self.precision, tuned_for)
+        task = Task(
+            node, nested, operands, results, self.symbols, self.constants, self.precision, tuned_for, self.panel
+        )
         family = node.meta["region"].family
         try:
             made = self.families[family](task)

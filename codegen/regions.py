@@ -39,6 +39,7 @@ class Task:
         constants: where packed weights are requested.
         precision: how GPU kernels multiply float32: ``"ieee"``, or ``"tf32"`` where that was asked for.
         tuned_for: the base instruction set of the CPU kernels that will be measured; empty where none are.
+        panel: columns that lie side by side in the packed weights of CPU kernels (``codegen/c/packing.py``).
     """
 
     node: fx.Node
@@ -49,6 +50,7 @@ class Task:
     constants: ConstantTable
     precision: str = "ieee"
     tuned_for: str = ""
+    panel: int = 32
 
     def placeholders(self) -> list[fx.Node]:
         """The region's placeholders, in the order of ``operands``."""

@@ -169,7 +169,7 @@ class Compilation:
         for device, rewritten in programs.items():
             require_supported(rewritten, device)
         with self._phase("tune" if self.options.tune else "lower") as detail:
-            generated = generate(programs, self.options.products, self._tuner(compiler, detail))
+            generated = generate(programs, self.options.products, self._tuner(compiler, detail), self._vector_bits)
         if self.options.dump_dir is not None and generated.convolutions:
             (self.options.dump_dir / "convolutions.txt").write_text(show_decisions(generated.convolutions))
         binaries = []
@@ -235,13 +235,18 @@ class Compilation:
         """What of rewritten programs cannot be compiled; lowers them to find what operators alone do not tell."""
         found = [item for device, each in programs.items() for item in find_unsupported(each, device)]
         if not found:
-            generate(programs, self.options.products)
+            generate(programs, self.options.products, vector_bits=self._vector_bits)
         return found
 
     def _cache_type(self, dtype: torch.dtype) -> torch.dtype:
         """The type of cached keys and values for weights of a type."""
         options, devices = self.options, device_kinds(self.options.target)
         return cache_type(options.task.cache, options.precision, dtype, devices, self.targets.cpu)
+
+    @property
+    def _vector_bits(self) -> int:
+        """Of the CPU target with the widest vectors."""
+        return max((target.vector_bits for target in self.targets.cpu), default=0)
 
     def _tuner(self, compiler: Compiler | None, detail: Callable[[str], None]) -> Tuner | None:
         """Who measures kernels, where that was asked for."""

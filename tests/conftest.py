@@ -96,14 +96,14 @@ def isolate() -> Callable[[Program], Program]:
 
 @pytest.fixture
 def build(tmp_path: Path) -> Iterator[Callable[..., Model]]:
-    """Generate, compile and load programs that consist of regions."""
+    """Generate, compile and load programs that consist of regions, for targets separated by commas."""
     models: list[Model] = []
 
     def run(programs: Sequence[Program], target: str = "cpu", threads: int = 2) -> Model:
-        chosen = [targets.parse(target, cpu.features())]
-        if not cpu.features() >= {*chosen[0].features}:
+        chosen = [targets.parse(one, cpu.features()) for one in target.split(",")]
+        if not any(set(one.features) <= set(cpu.features()) for one in chosen):
             pytest.skip(f"this processor cannot run {target}")
-        generated: Generated = generate({"cpu": programs})
+        generated: Generated = generate({"cpu": programs}, vector_bits=max(one.vector_bits for one in chosen))
         binaries = build_kernels(generated, chosen, find_compiler(), user_cache())
         path = write_artifact(
             tmp_path / f"model{len(models)}.tw",

@@ -1,7 +1,8 @@
 """How matrix products are cut into blocks: rows of a unit of work, terms multiplied at once, panels that go together.
 
 A product is panels of 32 columns times blocks of rows; a register tile (``Machine.rows`` x 32 on AVX-512, half as many
-columns at once on AVX2) runs down ``depth`` words of k. What the three numbers trade:
+columns at once on AVX2, where all panels are so narrow if no target has AVX-512) runs down ``depth`` words of k. What
+the three numbers trade:
 
 - **depth**, words of k in one go. Sums leave and enter the registers once per go, so more is better, until the chunk of
   a panel (128 bytes a word) falls out of the second-level cache. Whether it fits the first one does not matter: a tile
@@ -12,9 +13,9 @@ columns at once on AVX2) runs down ``depth`` words of k. What the three numbers 
   time is best: what is stored is then little enough to drain while the next tile is multiplied.
 
 Rows that lie a multiple of 4 KB apart are not packed, although the 12 lines of a tile then share a set of the
-first-level cache: the template takes 8 rows at a time, which fit it and reach the same rate. AVX2 goes down a chunk
-twice, once for each half of the panel's columns, and there such rows evict what the second time should find: the chunk
-then has to fit the first-level cache.
+first-level cache: the template takes 8 rows at a time, which fit it and reach the same rate. AVX2 goes down a chunk of
+a wide panel twice, once for each half of its columns, and there such rows evict what the second time should find: the
+chunk then has to fit the first-level cache.
 
 The unit formula (``packing.matmul_units``) and so the plan knows only ``block``, which is the same for all targets.
 Depth and group differ by base where that pays, by ``#if`` in the one source. No choice changes a bit of the result:
@@ -67,6 +68,7 @@ class Problem:
             gathered through an index function.
         packed: whether the right operand is packed when the artifact is written.
         apart: words between rows that are multiplied where they lie; 0 where that is not known.
+        panel: columns of a panel.
     """
 
     batch: Size
@@ -76,6 +78,12 @@ class Problem:
     left: str = "direct"
     packed: bool = True
     apart: Size = 0
+    panel: int = PANEL
+
+    @property
+    def machines(self) -> tuple[Machine, ...]:
+        """Those that a blocking is for: where panels are narrow, no target has vectors as wide as half of one."""
+        return tuple(machine for machine in MACHINES if 2 * machine.lanes <= self.panel)
 
     @property
     def crowded(self) -> bool:
@@ -153,7 +161,7 @@ def blockings(problem: Problem) -> Iterator[Blocking]:
 
 def cuts(problem: Problem, block: int) -> list[Cut]:
     """All cuts whose scratch memory fits."""
-    panels = -(-problem.n // PANEL) if isinstance(problem.n, int) else max(GROUPS)
+    panels = -(-problem.n // problem.panel) if isinstance(problem.n, int) else max(GROUPS)
     groups = [group for group in GROUPS if group <= max(1, panels)] if problem.packed else [1]
     found = [Cut(depth, group) for group in groups for depth in _depths(problem)]
     return [cut for cut in found if scratch(problem, block, cut) <= SCRATCH]
@@ -162,17 +170,19 @@ def cuts(problem: Problem, block: int) -> list[Cut]:
 def scratch(problem: Problem, block: int, cut: Cut) -> int:
     """Bytes of stack: sums (of one register tile where k is not cut), packed rows, a packed panel."""
     once = isinstance(problem.words, int) and problem.words <= cut.depth
-    kept = max(machine.rows for machine in MACHINES) if once else block
-    words = cut.group * kept * PANEL
+    kept = max(machine.rows for machine in problem.machines) if once else block
+    words = cut.group * kept * problem.panel
     words += 0 if problem.left == "direct" else block * cut.depth
-    words += 0 if problem.packed else cut.depth * PANEL
+    words += 0 if problem.packed else cut.depth * problem.panel
     return 4 * words
 
 
 def total(problem: Problem, blocking: Blocking) -> float:
     """What a blocking costs over all bases, with what threads wait for each other."""
-    pairs = zip(MACHINES, blocking.cuts, strict=True)
-    costs = [1 + overhead(problem, machine, blocking.block, cut) / _multiply(machine) for machine, cut in pairs]
+    pairs = [pair for pair in zip(MACHINES, blocking.cuts, strict=True) if pair[0] in problem.machines]
+    costs = [
+        1 + overhead(problem, machine, blocking.block, cut) / _multiply(problem, machine) for machine, cut in pairs
+    ]
     return sum(costs) / len(costs) * _waiting(problem, blocking.block)
 
 
@@ -183,45 +193,47 @@ def overhead(problem: Problem, machine: Machine, block: int, cut: Cut) -> float:
     rows = m / blocks
     tile = rows / math.ceil(rows / machine.rows)  # near-equal tiles
     depth = min(cut.depth, words)
-    panels = -(-_number(problem.n) // PANEL)
+    panels = -(-_number(problem.n) // problem.panel)
+    evicted = problem.crowded and 2 * machine.lanes < problem.panel and 4 * problem.panel * depth > machine.l1
     group = min(cut.group, panels)  # what is equal in cost takes the smallest, which the callers list first
     packed_rows = 0.0 if problem.left == "direct" else rows
     return (
         _UNIT / (rows * words)
         + _LEFT[problem.left] / group
-        + (0.0 if problem.packed else _RIGHT * PANEL / rows)
-        + _registers(machine, tile, depth, words)
-        + _traffic(machine, tile, packed_rows, depth, group)
-        + (_EVICTED if problem.crowded and 2 * machine.lanes < PANEL and 4 * PANEL * depth > machine.l1 else 0.0)
+        + (0.0 if problem.packed else _RIGHT * problem.panel / rows)
+        + _registers(problem, machine, tile, depth, words)
+        + _traffic(problem, machine, tile, packed_rows, depth, group)
+        + (_EVICTED if evicted else 0.0)
     )
 
 
-def _multiply(machine: Machine) -> float:
+def _multiply(problem: Problem, machine: Machine) -> float:
     """Cycles for the multiply-adds of one word of a row with a panel."""
-    return PANEL / machine.lanes / machine.ports
+    return problem.panel / machine.lanes / machine.ports
 
 
-def _registers(machine: Machine, tile: float, depth: int, words: int) -> float:
+def _registers(problem: Problem, machine: Machine, tile: float, depth: int, words: int) -> float:
     """Entering a tile, and sums that are stored, and loaded again where k goes on; short tiles wait for B."""
-    entering = _TILE * PANEL / machine.lanes / 2 / tile
-    sums = PANEL / machine.lanes * (2 - depth / words)
-    loads = (PANEL / machine.lanes + tile) / machine.loads / tile
-    starved = max(0.0, loads - _multiply(machine))
+    vectors = problem.panel / machine.lanes
+    entering = _TILE * vectors / 2 / tile
+    sums = vectors * (2 - depth / words)
+    loads = (vectors + tile) / machine.loads / tile
+    starved = max(0.0, loads - _multiply(problem, machine))
     return (entering + sums) / depth + starved
 
 
-def _traffic(machine: Machine, tile: float, packed_rows: float, depth: int, group: int) -> float:
+def _traffic(problem: Problem, machine: Machine, tile: float, packed_rows: float, depth: int, group: int) -> float:
     """Reading the group's panels for every tile, where they do not have most of the second-level cache.
 
     Rows that are not packed may come from beyond it as well, but those are only 4 bytes for every 2 cycles.
     """
-    held = 4 * depth * (PANEL * group + max(tile, packed_rows))
-    return 0.0 if held <= machine.l2 * 3 / 4 else _EXPOSED * 4 * PANEL / machine.l3_rate / tile
+    held = 4 * depth * (problem.panel * group + max(tile, packed_rows))
+    return 0.0 if held <= machine.l2 * 3 / 4 else _EXPOSED * 4 * problem.panel / machine.l3_rate / tile
 
 
 def _waiting(problem: Problem, block: int) -> float:
     """How much longer the last thread takes than its share, on average over :data:`THREADS`."""
-    units = _number(problem.batch) * -(-_number(problem.m) // block) * -(-_number(problem.n) // PANEL)
+    units = _number(problem.batch) * -(-_number(problem.m) // block) * -(-_number(problem.n) // problem.panel)
     return sum(-(-units // threads) * threads / max(units, 1) for threads in THREADS) / len(THREADS)
 
 

@@ -58,7 +58,7 @@ def matmul_family(task: Task) -> Sequence[Made]:
         transposed = anchor.target in LINEAR
         n, k = weight.shape if transposed else weight.shape[::-1]
         assert isinstance(k, int) and isinstance(n, int)
-        packed = task.packed(weight, panel_packing(n, k, transposed=transposed, kind=kind))
+        packed = task.packed(weight, panel_packing(n, k, transposed=transposed, kind=kind, panel=task.panel))
     skip = unused_without(anchor, operands(anchor)[1]) if packed is not None else []
     frame = Frame(task, skip=skip, extra=[packed] if packed is not None else [])
     problem, code = _build(task, anchor, frame, packed, kind)
@@ -66,7 +66,7 @@ def matmul_family(task: Task) -> Sequence[Made]:
     return [Made(code(choose(problem)), frame.storages, others=tuple(others))]
 
 
-def panel_packing(n: int, k: int, *, transposed: bool, kind: str = "float32") -> Packing:
+def panel_packing(n: int, k: int, *, transposed: bool, kind: str = "float32", panel: int = PANEL) -> Packing:
     """Panels of a weight that lies as ``[N, K]`` (transposed, as in ``linear``) or ``[K, N]``.
 
     Args:
@@ -74,15 +74,16 @@ def panel_packing(n: int, k: int, *, transposed: bool, kind: str = "float32") ->
         k: terms.
         transposed: how it lies.
         kind: the dtype that it is multiplied in: ``float32``, ``bfloat16`` or ``int8``.
+        panel: columns of a panel.
     """
 
     def pack(weight: np.ndarray) -> np.ndarray:
-        return _PACK[kind](weight.T if transposed else weight)
+        return _PACK[kind](weight.T if transposed else weight, panel)
 
     per = _PER_WORD[kind]
-    panels, words = -(-n // PANEL), -(-k // per) + (kind == "int8")
-    shape = (panels, words, PANEL) if per == 1 else (panels, words, PANEL, per)
-    return Packing(f"panels{PANEL}" + ("t" if transposed else ""), shape, pack, kind)
+    panels, words = -(-n // panel), -(-k // per) + (kind == "int8")
+    shape = (panels, words, panel) if per == 1 else (panels, words, panel, per)
+    return Packing(f"panels{panel}" + ("t" if transposed else ""), shape, pack, kind)
 
 
 def _kind(anchor: fx.Node) -> str | None:
@@ -114,15 +115,16 @@ def _build(
     words = sizes.ceildiv(product.k, _PER_WORD[kind])
     stride = context.get("a_stride")
     apart = stride // _PER_WORD[kind] if isinstance(stride, int) else 0
-    problem = Problem(product.batch, product.m, product.n, words, left, packed is not None, apart)
+    problem = Problem(product.batch, product.m, product.n, words, left, packed is not None, apart, task.panel)
 
     def code(blocking: Blocking) -> KernelCode:
         code = work.code(
             "matmul.c.jinja",
             family="matmul",
-            units=matmul_units(product.batch, product.m, product.n, blocking.block),
+            units=matmul_units(product.batch, product.m, product.n, blocking.block, task.panel),
             flops=product.flops,
             kind=kind,
+            panel=task.panel,
             BATCH=c_size(product.batch),
             M=c_size(product.m),
             N=c_size(product.n),

@@ -1,7 +1,8 @@
 """Weights as the C kernels stream through them, and the number of work units that each kernel template counts.
 
-Every x86 target reads the same layouts, so a weight is packed and stored once. Columns (output channels) come in panels
-of :data:`PANEL`; those beyond the last one are zeros. Image channels come in blocks of :data:`CHANNELS`. All packing
+All x86 targets of an artifact read the same layouts, so a weight is packed and stored once. Columns (output channels)
+come in panels of :data:`PANEL`, or of :data:`NARROW_PANEL` where no target has wider vectors (:func:`panel_of`); those
+beyond the last one are zeros. Image channels come in blocks of :data:`CHANNELS`. All packing
 functions keep the dtype and return a new C-contiguous array.
 
 The unit formulas repeat what the templates of the same name compute (``templates/c/*.jinja``); sizes may be symbolic.
@@ -15,6 +16,10 @@ from ...runtime.sizes import Size, add, ceildiv, floordiv, maximum, minimum, mul
 
 PANEL = 32
 """Output columns that lie side by side in packed weights."""
+NARROW_PANEL = 16
+"""The same where all targets have vectors of 256 bits: what their register tile is wide, so that it reads one stream.
+
+Of wider panels it would take every other line at a time, which uses half of the sets of the first-level cache."""
 CHANNELS = 16
 """Channels that lie side by side in a channels-blocked image."""
 WORD = 4
@@ -29,17 +34,22 @@ _DEPTHWISE_ROWS = 8
 _DEPTHWISE_COLUMNS = 64
 
 
-def pack_matmul(weight: np.ndarray) -> np.ndarray:
-    """``[..., K, N]`` as panels ``[..., ceil(N/32), K, 32]``."""
+def panel_of(vector_bits: int) -> int:
+    """Columns of a panel for targets of which the widest has vectors of so many bits."""
+    return PANEL if vector_bits > 256 else NARROW_PANEL
+
+
+def pack_matmul(weight: np.ndarray, panel: int = PANEL) -> np.ndarray:
+    """``[..., K, N]`` as panels ``[..., ceil(N/panel), K, panel]``."""
     *batch, k, n = weight.shape
-    panels = -(-n // PANEL)
-    padded = np.zeros((*batch, k, panels * PANEL), weight.dtype)
+    panels = -(-n // panel)
+    padded = np.zeros((*batch, k, panels * panel), weight.dtype)
     padded[..., :n] = weight
-    return np.ascontiguousarray(np.moveaxis(padded.reshape(*batch, k, panels, PANEL), -2, -3))
+    return np.ascontiguousarray(np.moveaxis(padded.reshape(*batch, k, panels, panel), -2, -3))
 
 
-def pack_words(weight: np.ndarray) -> np.ndarray:
-    """``[..., K, N]`` of 2 or 1 bytes an element as panels of 4-byte words ``[..., ceil(N/32), ceil(K/e), 32, e]``.
+def pack_words(weight: np.ndarray, panel: int = PANEL) -> np.ndarray:
+    """``[..., K, N]`` of 2 or 1 bytes an element as panels of words ``[..., ceil(N/panel), ceil(K/e), panel, e]``.
 
     The e = 2 or 4 elements of a word are neighbours along K; beyond K there are zeros.
     """
@@ -47,18 +57,18 @@ def pack_words(weight: np.ndarray) -> np.ndarray:
     per = WORD // weight.itemsize
     words = np.zeros((*batch, -(-k // per) * per, n), weight.dtype)
     words[..., :k, :] = weight
-    panels = pack_matmul(words)  # [..., panels, K, 32]
-    return np.ascontiguousarray(np.swapaxes(panels.reshape(*panels.shape[:-2], -1, per, PANEL), -1, -2))
+    panels = pack_matmul(words, panel)  # [..., panels, K, panel]
+    return np.ascontiguousarray(np.swapaxes(panels.reshape(*panels.shape[:-2], -1, per, panel), -1, -2))
 
 
-def pack_bytes(weight: np.ndarray) -> np.ndarray:
-    """int8 ``[..., K, N]`` as panels of words, each with one more row: ``[..., ceil(N/32), ceil(K/4) + 1, 32, 4]``.
+def pack_bytes(weight: np.ndarray, panel: int = PANEL) -> np.ndarray:
+    """int8 ``[..., K, N]`` as panels of words and one more row: ``[..., ceil(N/panel), ceil(K/4) + 1, panel, 4]``.
 
     That row holds, as little-endian int32, 128 times the sums of the columns modulo 2^32: what the kernel's left
     operand, offset by 128 to be unsigned, gives too much.
     """
-    words = pack_words(weight)
-    offsets = (words.sum((-3, -1), np.int64) * 128).astype("<u4")  # [..., panels, 32]
+    words = pack_words(weight, panel)
+    offsets = (words.sum((-3, -1), np.int64) * 128).astype("<u4")  # [..., panels, panel]
     row = offsets[..., None, :, None].view(np.int8)
     return np.concatenate([words, row], axis=-3)
 
@@ -114,9 +124,9 @@ def unblock_channels(image: np.ndarray, channels: int) -> np.ndarray:
     return np.ascontiguousarray(image.transpose(0, 1, 4, 2, 3).reshape(n, blocks * CHANNELS, h, w)[:, :channels])
 
 
-def matmul_units(batch: Size, m: Size, n: Size, block: int = ROWS) -> Size:
+def matmul_units(batch: Size, m: Size, n: Size, block: int = ROWS, panel: int = PANEL) -> Size:
     """Work units of ``matmul.c.jinja``: a panel of a block of at most ``block`` rows each."""
-    return mul(batch, ceildiv(m, block), ceildiv(n, PANEL))
+    return mul(batch, ceildiv(m, block), ceildiv(n, panel))
 
 
 def can_convolve_blocked(channels: int, outputs: int, groups: int, kernel: tuple[int, int]) -> bool:

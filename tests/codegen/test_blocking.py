@@ -7,7 +7,7 @@ import pytest
 
 from tilewright.codegen.c import blocking, machine
 from tilewright.codegen.c.blocking import Blocking, Cut, Problem
-from tilewright.codegen.c.packing import matmul_units, pack_bytes, pack_matmul, pack_words
+from tilewright.codegen.c.packing import NARROW_PANEL, PANEL, matmul_units, pack_bytes, pack_matmul, pack_words
 from tilewright.runtime import sizes
 
 LEFT = ("direct", "copied", "converted", "gathered")
@@ -25,7 +25,8 @@ def problems(seed, count=60):
         words = generator.choice((some_size(generator, 20000), 0, "n_terms"))
         n = generator.choice((some_size(generator, 60000), "n_columns"))
         packed = generator.choice((True, False)) or isinstance(n, int) and generator.random() < 0.3
-        yield Problem(generator.choice((1, 12, "n_batch")), m, n, words, generator.choice(LEFT), packed)
+        left, panel = generator.choice(LEFT), generator.choice((NARROW_PANEL, PANEL))
+        yield Problem(generator.choice((1, 12, "n_batch")), m, n, words, left, packed, panel=panel)
 
 
 def check_legal(problem, chosen):

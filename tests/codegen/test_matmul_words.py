@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from tilewright.codegen.c.packing import matmul_units, pack_bytes, pack_words
+from tilewright.codegen.c.packing import NARROW_PANEL, PANEL, matmul_units, pack_bytes, pack_words
 from tilewright.codegen.storage import to_numpy
 
 TARGETS = ("v3", "v4base", "v4")
 EVERY = pytest.mark.parametrize(
-    ("target", "compiler"), [*((target, "gcc") for target in TARGETS), ("v3", "zig"), ("v4", "zig")]
+    ("target", "panel", "compiler"),
+    [("v3", NARROW_PANEL, "gcc"), *((target, PANEL, "gcc") for target in TARGETS)]
+    + [("v3", NARROW_PANEL, "zig"), ("v4", PANEL, "zig")],
 )
 TYPES = {"float32": "float", "bfloat16": "uint16_t", "int8": "int8_t"}
 
@@ -34,7 +36,7 @@ def check(got, a, b, extra=0.0):
         assert error < 3e-7 * (1 + a.shape[-1] ** 0.5), error
 
 
-def packed_kernel(native, kind, n, k, target, compiler="gcc", *, storage=None, stride=None):
+def packed_kernel(native, kind, n, k, target, compiler="gcc", *, storage=None, stride=None, panel=PANEL):
     """y[m, n] = x @ w (+ 1 for int8), rows of x `stride` apart, M in dim[0]."""
     storage, stride = storage or kind, stride or k
     result = "int32_t" if kind == "int8" else "float"
@@ -44,7 +46,7 @@ def packed_kernel(native, kind, n, k, target, compiler="gcc", *, storage=None, s
         kind=kind,
         prelude=f"const {TYPES[storage]} *restrict x = buf[0]; const {TYPES[kind]} *restrict w = buf[1];\n"
         f"{result} *restrict y = buf[2]; const int64_t rows = dim[0];",
-        BATCH=1, M="rows", N=n, K=k,
+        BATCH=1, M="rows", N=n, K=k, panel=panel,
         a_direct=True, a_base="x", a_stride=stride, a_storage=storage, a_words=k % 2 == stride % 2 == 0,
         b_packed=True, b_base="w", depth=40,
         epilogue=native.Hole(f"{result} *restrict to = y + m * {n};", f"to[n] = acc + {int(kind == 'int8')};"),
@@ -59,48 +61,48 @@ def packed_kernel(native, kind, n, k, target, compiler="gcc", *, storage=None, s
     + [(40, 100, "bfloat16", 2048)],
 )
 @EVERY
-def test_packed_bfloat16(native, target, compiler, n, k, storage, stride):
+def test_packed_bfloat16(native, target, panel, compiler, n, k, storage, stride):
     """Rows read in place, of odd length, in float32, and a multiple of 4 KB apart; NaNs beyond them are not read."""
     if compiler == "zig" and stride != 170:
         pytest.skip("one shape is enough for the second compiler")
-    kernel = packed_kernel(native, "bfloat16", n, k, target, compiler, storage=storage, stride=stride)
+    kernel = packed_kernel(native, "bfloat16", n, k, target, compiler, storage=storage, stride=stride, panel=panel)
     weight = bfloat16(k, n, seed=1)
-    packed = pack_words(to_numpy(weight))
+    packed = pack_words(to_numpy(weight), panel)
     for m in (0, 1, 2, 5, 7, 13, 25, 97, 200):
         x = torch.full((m, stride), torch.nan).bfloat16()
         x[:, :k] = bfloat16(m, k, seed=m)
         y = np.full((m + 1, n), np.nan, np.float32)
         given = x.float().numpy() if storage == "float32" else to_numpy(x)
-        assert kernel([given, packed, y], [m], matmul_units(1, m, n)) == 0
+        assert kernel([given, packed, y], [m], matmul_units(1, m, n, panel=panel)) == 0
         check(y[:m], x[:, :k], weight)
         assert np.isnan(y[m]).all(), "wrote beyond the last row"
 
 
 @EVERY
-def test_float32_is_rounded_to_nearest_even(native, target, compiler):
+def test_float32_is_rounded_to_nearest_even(native, target, panel, compiler):
     """Ties, overflow to infinity, infinities and NaN: a row times the identity."""
-    kernel = packed_kernel(native, "bfloat16", 33, 33, target, compiler, storage="float32")
+    kernel = packed_kernel(native, "bfloat16", 33, 33, target, compiler, storage="float32", panel=panel)
     x = torch.randn(64, 33, generator=torch.Generator().manual_seed(0))
     x.view(torch.int32)[::2] = (x.view(torch.int32)[::2] & ~0xFFFF) | 0x8000
-    y, identity = np.empty((64, 33), np.float32), pack_words(to_numpy(torch.eye(33).bfloat16()))
-    kernel([x.numpy(), identity, y], [64], matmul_units(1, 64, 33))
+    y, identity = np.empty((64, 33), np.float32), pack_words(to_numpy(torch.eye(33).bfloat16()), panel)
+    kernel([x.numpy(), identity, y], [64], matmul_units(1, 64, 33, panel=panel))
     np.testing.assert_array_equal(y, x.bfloat16().float().numpy())
     for value in (3.3961775e38, torch.inf, -torch.inf, torch.nan):
         x[5] = 0
         x[5, 7] = value
-        kernel([x.numpy(), identity, y], [64], matmul_units(1, 64, 33))
+        kernel([x.numpy(), identity, y], [64], matmul_units(1, 64, 33, panel=panel))
         np.testing.assert_array_equal(y[5, 7], x.bfloat16().float()[5, 7].numpy())
 
 
 @pytest.mark.sanitize("33-1")
 @EVERY
 @pytest.mark.parametrize(("n", "k"), [(33, 1), (70, 331)])
-def test_packed_int8(native, target, compiler, n, k):
-    kernel = packed_kernel(native, "int8", n, k, target, compiler)
+def test_packed_int8(native, target, panel, compiler, n, k):
+    kernel = packed_kernel(native, "int8", n, k, target, compiler, panel=panel)
     weight = int8(k, n, seed=1)
     for m in (0, 1, 3, 6, 12, 29, 97):
         x, y = int8(m, k, seed=m), np.full((m + 1, n), 77, np.int32)
-        kernel([x, pack_bytes(weight), y], [m], matmul_units(1, m, n))
+        kernel([x, pack_bytes(weight, panel), y], [m], matmul_units(1, m, n, panel=panel))
         np.testing.assert_array_equal(y[:m], x.astype(np.int64) @ weight.astype(np.int64) + 1)
         assert (y[m] == 77).all(), "wrote beyond the last row"
 
@@ -117,7 +119,7 @@ def test_int8_wraps_like_pytorch(native, target):
 @pytest.mark.sanitize
 @EVERY
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-def test_packs_both_operands(native, target, compiler, kind):
+def test_packs_both_operands(native, target, panel, compiler, kind):
     """A and B transposed, both through their holes, every size a variable; the same bits however units are split."""
     value = "int32_t" if kind == "int8" else "float"
     load = "{}" if kind == "int8" else "tw_bf16_to_f32({})"
@@ -125,6 +127,7 @@ def test_packs_both_operands(native, target, compiler, kind):
         "matmul.c.jinja",
         name="product",
         kind=kind,
+        panel=panel,
         prelude=f"const {TYPES[kind]} *restrict x = buf[0], *restrict w = buf[1]; {value} *restrict y = buf[2];\n"
         "const int64_t M = dim[1], N = dim[2], K = dim[3];",
         BATCH="dim[0]", M="M", N="N", K="K", depth=48,
@@ -139,7 +142,7 @@ def test_packs_both_operands(native, target, compiler, kind):
         make = int8 if kind == "int8" else bfloat16
         x, weight = make(batch, k, m, seed=2), make(batch, n, k, seed=3)
         y = np.zeros((batch, m, n), np.int32 if kind == "int8" else np.float32)
-        units = matmul_units(batch, m, n)
+        units = matmul_units(batch, m, n, panel=panel)
         arrays = [array if kind == "int8" else to_numpy(array) for array in (x, weight)]
         kernel([*arrays, y], [batch, m, n, k], units)
         if kind == "int8":
@@ -155,12 +158,16 @@ def test_packs_both_operands(native, target, compiler, kind):
 
 
 @EVERY
-def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(native, target, compiler):
+def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(native, target, panel, compiler):
     m, n, k = 101, 96, 1000
-    kernel = packed_kernel(native, "bfloat16", n, k, target, compiler)
-    x, packed, together = bfloat16(m, k, seed=4), pack_words(to_numpy(bfloat16(k, n, seed=5))), np.empty((m, n), "f4")
-    kernel([to_numpy(x), packed, together], [m], matmul_units(1, m, n))
+    kernel = packed_kernel(native, "bfloat16", n, k, target, compiler, panel=panel)
+    x, packed, together = (
+        bfloat16(m, k, seed=4),
+        pack_words(to_numpy(bfloat16(k, n, seed=5)), panel),
+        np.empty((m, n), "f4"),
+    )
+    kernel([to_numpy(x), packed, together], [m], matmul_units(1, m, n, panel=panel))
     for rows in (1, 2, 4, 7):
         alone = np.empty((rows, n), np.float32)
-        kernel([to_numpy(x[40 : 40 + rows]), packed, alone], [rows], matmul_units(1, rows, n))
+        kernel([to_numpy(x[40 : 40 + rows]), packed, alone], [rows], matmul_units(1, rows, n, panel=panel))
         np.testing.assert_array_equal(alone, together[40 : 40 + rows])

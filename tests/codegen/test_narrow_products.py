@@ -104,3 +104,13 @@ def test_rows_of_two_varying_axes_are_read_in_place(precision):
     shapes = ({0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("seq", max=64)},)
     text = sources(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)), (values(2, 3, 16, seed=0),), precision, shapes)
     assert "tw_product_rows" in text and "a_value" not in text
+
+
+def test_panels_are_as_wide_as_the_widest_target_wants(compiled, assert_same):
+    """Half as wide where all vectors are; one copy for all targets otherwise."""
+    module, inputs = Layers(), (values(3, 17, 22, seed=0),)
+    for target, panel in (("cpu:x86-64-v3", 16), ("cpu:x86-64-v3,cpu:x86-64-v4", 32)):
+        model = compiled(module, inputs, target=target, precision="fp32")
+        packed = {constant.shape[-1] for constant in model.entry("main").plan.constants if ".panels" in constant.key}
+        assert packed == {panel}
+        assert_same(model, module, inputs, 2e-6)

@@ -1,8 +1,8 @@
 /* Vectors and the register-blocked product that matrix kernels are built from.
  *
  * One source serves every instruction set: GNU vector types as wide as the target's registers, TW_MR rows of a product
- * kept in registers at once. Weights are packed in panels of TW_PANEL columns on every target, so that one copy serves
- * all. Accumulators are named variables (macros repeat the statements): both GCC and clang then keep them in registers,
+ * kept in registers at once. Weights are packed in panels of TW_PANEL columns on every target of an artifact, so that one
+ * copy serves all. Accumulators are named variables (macros repeat the statements): both GCC and clang then keep them in registers,
  * which they do not promise for arrays.
  *
  * Every product adds its terms one after another along k, one fused multiply-add each. Neither the number of rows
@@ -21,7 +21,9 @@
 #define TW_LANES 8
 #define TW_MR 6 /* 6 x 2 accumulators, 2 vectors of B, 1 broadcast of A, of 16 registers */
 #endif
-#define TW_PANEL 32 /* columns of B that are packed together */
+#if !defined(TW_PANEL)
+#define TW_PANEL 32 /* columns of B that are packed together; 16 where a vector is half as wide */
+#endif
 #define TW_ALIGNED __attribute__((aligned(64)))
 
 typedef float tw_vec __attribute__((vector_size(TW_LANES * 4)));

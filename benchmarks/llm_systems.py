@@ -115,10 +115,11 @@ class Tilewright:
 
     def __init__(self, format: str, dimensions: Dimensions, folder: Path, threads: int, sequences: int) -> None:
         import tilewright
+        from tilewright.runtime.generation.description import describe
 
         self.dimensions = dimensions
         self.model = tilewright.load(folder / f"model.{format}.tw", threads=threads)
-        self.generation = self.model.artifact.manifest.generation
+        self.generation = describe(self.model.artifact)
         self.block = self.generation.block
         self.width = -(-POSITIONS // self.block)
         self.blocks = self.width * sequences
@@ -159,12 +160,10 @@ class Tilewright:
         table = [item for item in constants if item.sources and all(map(is_table, item.sources))]
         if not table:
             raise RuntimeError(f"none of the weights is the table of embeddings: {[item.name for item in constants]}")
-        width = {"float32": 4, "bfloat16": 2}[self.generation.cache_dtype]
-        per_position = width * self.dimensions.cache_values(1)
         return {
             "weight_bytes": sum(item.bytes for item in constants) - sum(item.bytes for item in table),
-            "cache_bytes": per_position,
-            "cache_total": per_position * self.block * self.blocks,
+            "cache_bytes": self.generation.block_bytes // self.block,
+            "cache_total": self.generation.block_bytes * self.blocks,
         }
 
 

@@ -187,8 +187,8 @@ FAMILIES = {
 }
 SCRIPT = [(name, "script", 17) for name in FAMILIES]
 SCRIPT += [("mlp", "script", opset) for opset in (13, 14, 20)] + [("resnet", "script", 13)]
-DYNAMO = [(name, "dynamo", 18 if name in ("mlp", "unet") else 20) for name in FAMILIES]
-DYNAMO += [("bert", "dynamo", 23)]  # from here on Attention is one operator
+OPSETS = {"mlp": 18, "unet": 18, "bert": 23}  # from 23 on Attention is one operator; before, BERT has what GPT-2 has
+DYNAMO = [(name, "dynamo", OPSETS.get(name, 20)) for name in FAMILIES]
 
 
 def export(model, family, args, path, exporter, opset):

@@ -74,4 +74,4 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 ROTARY_EMBEDDING = torch.ops.tilewright.rotary_embedding.default
 
-from . import cache_ops  # noqa: E402, F401 - registers its operators
+from . import cache_ops, quantized_ops  # noqa: E402, F401 - registers their operators

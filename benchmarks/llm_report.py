@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .cpu_losses import describe_losses
 from .llm_goals import goals
 from .llm_ratios import Results, speed
 from .llm_units import CONTENDERS, MODELS, WORKLOADS, Workload
@@ -28,6 +29,7 @@ def report(
     parts = [f"{describe(machine)}\n{model}: {weights / 1e9:.3g} billion weights, {dimensions}"]
     measured = [workload for workload in WORKLOADS.values() if _measured(results, model, workload)]
     parts += ["\n".join(_speeds(results, model, workload, names)) for workload in measured]
+    parts += ["\n".join(lines) for workload in measured if (lines := list(_kernels(results, model, workload, names)))]
     parts.append("\n".join(_artifacts(results, model, names)))
     if lines := list(_errors(results, model, names)):
         parts.append("\n".join(lines))
@@ -65,6 +67,18 @@ def _speeds(results: Results, model: str, workload: Workload, names: Sequence[st
             f"{item.bytes / seconds / 1e9:>8.1f}{item.read_share:>11.0%}"
             f"{item.operations / seconds / 1e9:>8.0f}{share:>9}{deviation:>9.2g}"
         )
+
+
+def _kernels(results: Results, model: str, workload: Workload, names: Sequence[str]) -> Iterator[str]:
+    """Where each contender whose kernels are known spends a step."""
+    stage = results[f"time/{model}/{workload.kind}"]
+    limits = stage["limits"][workload.name]
+    for name in names:
+        item = stage["systems"].get(name, {}).get("workloads", {}).get(workload.name, {})
+        if item.get("kernels"):
+            dtype = next((dtype for dtype in CONTENDERS[name].arithmetic if dtype in limits), "float32")
+            yield f"{name}, {workload.name}: where {item['ms']:.2f} ms go"
+            yield from describe_losses(item["kernels"], limits, dtype, item["ms"], item["ms"])
 
 
 TITLES = {"decode": "decoding {} at once, behind prompts", "prompt": "a prompt of {}"}

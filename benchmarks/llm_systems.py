@@ -128,18 +128,37 @@ class Tilewright:
         self.table = np.arange(self.blocks, dtype=np.int32).reshape(sequences, self.width)
         self.filled = 1
 
-    def append(self, new: Sequence[Sequence[int]], at: int) -> np.ndarray:
-        """One call of the step."""
+    def inputs(self, new: Sequence[Sequence[int]], at: int) -> dict[str, np.ndarray]:
+        """What the step is given."""
         lengths = [len(given) for given in new]
         ends = np.cumsum([0, *lengths], dtype=np.int32)
-        positions = np.concatenate([np.arange(at, at + length, dtype=np.int32) for length in lengths])
         contexts = np.array([at + length for length in lengths], np.int32)
         width = -(-int(contexts.max()) // self.block)
-        table = np.ascontiguousarray(self.table[: len(new), :width])
-        flat = np.concatenate([np.asarray(given, np.int32) for given in new])
-        result = self.step(flat, positions, ends, contexts, table, ends[1:] - 1)
+        return {
+            "tokens": np.concatenate([np.asarray(given, np.int32) for given in new]),
+            "positions": np.concatenate([np.arange(at, at + length, dtype=np.int32) for length in lengths]),
+            "starts": ends,
+            "contexts": contexts,
+            "table": np.ascontiguousarray(self.table[: len(new), :width]),
+            "rows": ends[1:] - 1,
+        }
+
+    def append(self, new: Sequence[Sequence[int]], at: int) -> np.ndarray:
+        """One call of the step."""
+        result = self.step(**self.inputs(new, at))
         logits: np.ndarray = result["logits"] if isinstance(result, dict) else result
         return logits
+
+    def profile(self, new: Sequence[Sequence[int]], at: int, calls: int) -> list[dict[str, Any]]:
+        """The kernels of a step that :meth:`append` would run, as ``tilewright bench`` has them."""
+        from dataclasses import asdict
+
+        from tilewright.compiler.cli.measure import profile_kernels
+
+        given = self.inputs(new, at)
+        sequences, width = given["table"].shape
+        sizes = {"tokens": len(given["tokens"]), "sequences": sequences, "width": width, "rows": sequences}
+        return [asdict(item) for item in profile_kernels(self.step, given, sizes | {"blocks": self.blocks}, calls)]
 
     def rewind(self, sequences: int, positions: int) -> None:
         """Nothing to forget: contexts say what is seen. Sequences that were never filled get their own prompt."""

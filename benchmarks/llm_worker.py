@@ -5,7 +5,8 @@
 
 Requests: ``{"load": {"contender", "model", "folder", "threads", "sequences"}}`` loads and compares logits with the
 reference's; ``{"turn": {"workload", "seconds"}}`` gives the seconds of steps and the positions that they saw;
-``{"profile": {"workload", "calls"}}`` gives Tilewright's kernels. The contender ``limits`` measures the processor's.
+``{"profile": {"workload", "calls"}}`` gives the kernels of a step of Tilewright's. The contender ``limits`` measures the
+processor's limits.
 """
 
 from __future__ import annotations
@@ -79,6 +80,15 @@ class Runner:
                 counted = True
             self.decoder.rewind(batch, PROMPT)
 
+    def profile(self, workload: str, calls: int) -> dict[str, Any]:
+        """The kernels of a step; none where a system does not tell."""
+        asked = WORKLOADS[workload]
+        if not hasattr(self.decoder, "profile"):
+            return {"kernels": []}
+        if asked.kind == "prompt":
+            return {"kernels": self.decoder.profile([self.text[:PROMPT]], 0, calls)}
+        return {"kernels": self.decoder.profile([self.text[PROMPT : PROMPT + 1]] * asked.size, PROMPT, calls)}
+
 
 class Handler:
     """Answers requests; the first has to load."""
@@ -98,7 +108,8 @@ class Handler:
             return answer
         if isinstance(self.runner, LimitsRunner):
             return self.runner.turn(argument["seconds"])
-        return self.runner.turn(**argument)
+        done: dict[str, Any] = {"turn": self.runner.turn, "profile": self.runner.profile}[what](**argument)
+        return done
 
 
 def start_once(contender: str, model: str, folder: str, threads: str) -> None:

@@ -34,9 +34,18 @@ def system(weights: float, **workloads: dict) -> dict:
     return {"deviation": 0.01, "weight_bytes": weights, "cache_bytes": 1e4, "workloads": named}
 
 
+KERNEL = {
+    "kernel": "head",
+    "family": "quantized",
+    "calls": 1,
+    "seconds": 0.015,
+    "flops": 0,
+    "bytes": 600e6,
+    "modules": [],
+}
 LIMITS = {"float32": 200e9, "int8": 800e9, "read": 40e9}
 DECODE = {
-    INT4: system(600e6, decode_1=timed(16.0, 200), decode_16=timed(64.0, 3200)),
+    INT4: system(600e6, decode_1=timed(16.0, 200) | {"kernels": [KERNEL]}, decode_16=timed(64.0, 3200)),
     INT8: system(1e9, decode_1=timed(25.0, 200)),
     Q4_0: system(600e6, decode_1=timed(20.0, 200)),
     Q4_K_M: system(640e6, decode_1=timed(20.0, 200)),
@@ -103,6 +112,7 @@ def test_report(benchmark):
     assert "limits: read 40.0 GB/s, float32 200 Gop/s, int8 800 Gop/s" in text
     assert f"{INT4:22}{62.5:>9.1f}{16:>11.2f}" in text
     assert rows[INT4] == [INT4, "610", "4.64", "60.0", "0.40", "0.30..0.50", "763", "110"]
+    assert f"{INT4}, decode-1: where 16.00 ms go" in text and "100% of the limit" in text
     assert f"{Q8_0}: its outputs differ" in text and "not measured: decode-4" in text
     assert "skipped: llama.cpp: not installed" in text and "MISSED    1.25  (at least 1.50)" in text
 

@@ -5,7 +5,7 @@
 
 Requests: ``{"load": {"contender", "model", "folder", "threads", "sequences"}}`` loads and compares logits with the
 reference's; ``{"turn": {"workload", "seconds"}}`` gives the seconds of steps and the positions that they saw;
-``{"profile": {"workload", "calls"}}`` gives the kernels of a step of Tilewright's. The contender ``limits`` measures the
+``{"profile": {"workload", "calls"}}`` gives the kernels of a step of Tilewright. The contender ``limits`` measures the
 processor's limits.
 """
 

@@ -133,9 +133,9 @@ def product_of(work: Anchored) -> Product:
     for name, extent in (("b", batch), ("m", m), ("n", n), ("k", k)):
         kernel.variable(name, extent)
     if wide:
-        index = (*_unflatten(kernel, "b", batch_shape), *(("m", "n") if len(a.shape) > 1 else ("n",)))
+        index = (*unflatten(kernel, "b", batch_shape), *(("m", "n") if len(a.shape) > 1 else ("n",)))
     else:
-        index = (*_unflatten(kernel, "m", rows), *(("n",) if has_columns else ()))
+        index = (*unflatten(kernel, "m", rows), *(("n",) if has_columns else ()))
     flat = reshape(kernel, broadcast(a, (*batch_shape, *lead, k)), (batch, m, k))
     return Product(work, batch_shape, m, n, k, flat, index)
 
@@ -144,7 +144,8 @@ def _has_batch(anchor: fx.Node, right: fx.Node) -> bool:
     return anchor.target not in LINEAR and right.meta["val"].dim() > 2
 
 
-def _unflatten(kernel: Kernel, flat: Size, shape: tuple[Size, ...]) -> tuple[Size, ...]:
+def unflatten(kernel: Kernel, flat: Size, shape: tuple[Size, ...]) -> tuple[Size, ...]:
+    """The index in a shape of the element with the number ``flat``."""
     index: list[Size] = []
     for extent in reversed(shape[1:]):
         flat, inner = kernel.split(flat, extent)

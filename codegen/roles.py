@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..passes.graph import ops as tilewright_ops  # noqa: F401 - registers our operators
+from ..passes.graph.quantized_ops import QUANTIZED_EMBEDDING, QUANTIZED_LINEAR
 from ..passes.graph.roles import Anchor, Roles
 from .c import attention, cache_append, convolution, matmul, paged_attention
 from .registry import all_lowerings
@@ -20,6 +21,8 @@ _ANCHORS = {
     **dict.fromkeys(paged_attention.TARGETS, Anchor("paged_attention", (0,), epilogue=False, tail=True, inlines=(0,))),
 }
 
+_QUANTIZED = dict.fromkeys((QUANTIZED_LINEAR, QUANTIZED_EMBEDDING), Anchor("quantized", (0,), inlines=(0,)))
+
 
 def fusion_roles(device: str = "cpu") -> Roles:
     """The operators that kernels can be made of.
@@ -35,5 +38,6 @@ def fusion_roles(device: str = "cpu") -> Roles:
     pointwise, view, gather, reduction, window = (
         frozenset(groups.get(role, ())) for role in ("pointwise", "view", "gather", "reduction", "window")
     )
+    anchors = _ANCHORS | (_QUANTIZED if device == "cuda" else {})
     image_layout = "channels16" if device == "cpu" else "channels_last"
-    return Roles(pointwise, view, gather, reduction, window, dict(_ANCHORS), image_layout, LANES)
+    return Roles(pointwise, view, gather, reduction, window, anchors, image_layout, LANES)

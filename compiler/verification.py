@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -86,21 +86,25 @@ def why_not_here(path: Path, device: str) -> str:
     return why_not(read_artifact(path))
 
 
-def verify_outputs(entry: Entry, reference: Program, device: str = "cpu", precision: str = "auto") -> list[OutputError]:
-    """Run an entry point and eager PyTorch on the same inputs at several sizes.
+def verify_outputs(
+    entry: Entry, reference: Program, device: str = "cpu", precision: str = "auto",
+    between: Callable[[], None] = lambda: None,
+) -> list[OutputError]:  # fmt: skip
+    """Run eager PyTorch and then an entry point on the same inputs at several sizes.
 
     Args:
         entry: of the loaded artifact.
         reference: the program as captured, before any pass (:func:`reference_of`).
         device: the kind of device that the entry point's plan is for.
         precision: what it computes in (``precision.py``); a coarser one than the model's sets the tolerance.
+        between: called when the reference's weights have served.
 
     Returns:
         One error per output and assignment of the symbols; empty where the model returns no tensor. Integers that
         follow from half-precision numbers are compared where a CPU computes those in float32; elsewhere a unit in the
         last place decides them.
     """
-    found = []
+    cases = []
     tolerances = tolerances_of(reference, precision)
     widened = device == "cpu" and precision in ("auto", "fp32")
     wide = _widened(reference) if inf in tolerances and widened else reference
@@ -113,6 +117,10 @@ def verify_outputs(entry: Entry, reference: Program, device: str = "cpu", precis
             for value, same, tolerance in zip(eager, exact, tolerances, strict=True)
             if isinstance(value, torch.Tensor)
         ]
+        cases.append((values, inputs, expected))
+    between()
+    found = []
+    for values, inputs, expected in cases:
         results = zip(entry.plan.outputs, expected, run_entry(entry, inputs, values), strict=False)
         for port, (want, tolerance), got in results:
             if tolerance < inf:

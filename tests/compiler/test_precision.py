@@ -138,7 +138,8 @@ def test_a_bfloat16_checkpoint_folder(tmp_path):
     )  # fmt: skip
     folder, path = tmp_path / "llama", tmp_path / "m.tw"
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    text = call("compile", folder, "-o", path, "--target", NATIVE, "-q", "--verify", "off").stdout
+    forward = ("--task", "forward", "--target", NATIVE, "-q", "--verify", "off")
+    text = call("compile", folder, "-o", path, *forward).stdout
     assert "computes in fp32 and bf16 (--precision auto)" in text, "angles are the model's own float32"
     assert "bfloat16" in stored(path)
     checked = json.loads(call("verify", path, folder, "--kernels", "--json", "-q").stdout)

@@ -210,7 +210,7 @@ def verify_kernels(entry: Entry, lowered: Program, precision: str = "auto") -> l
         lowered: the program after all passes, whose regions are the artifact's steps.
         precision: what it computes in; a coarser one than the model's sets the tolerance.
     """
-    expected = _node_values(lowered, node_tolerances(lowered, precision))
+    expected, updates = _node_values(lowered, node_tolerances(lowered, precision))
     plan = entry.plan
     found: list[KernelError] = []
 
@@ -219,9 +219,10 @@ def verify_kernels(entry: Entry, lowered: Program, precision: str = "auto") -> l
         for position in plan.steps[step].writes:
             ref = launched.operands[position]
             name = _written_name(plan, ref)
-            if name in expected:
+            waiting = updates.get(ref.index) if ref.kind == "state" else None
+            if waiting or name in expected:
                 got = _tensor(read(ref))
-                want, limit = expected[name]
+                name, want, limit = waiting.pop(0) if waiting else (name, *expected[name])
                 error = error_of(want, got.reshape(want.shape) if got.numel() == want.numel() else got)
                 tolerance = max(tolerance_of(want.dtype), limit if want.is_floating_point() else 0.0)
                 found.append(KernelError(step, plan.steps[step].name, name, error, tolerance))
@@ -265,9 +266,16 @@ def _written_name(plan: Plan, ref: Ref) -> str:
     return plan.buffers[ref.index].name if ref.kind == "buffer" else f"{ref.kind}:{ref.index}"
 
 
-def _node_values(program: Program, limits: Mapping[fx.Node, float]) -> dict[str, tuple[torch.Tensor, float]]:
-    """Values of all region results and their limits by node name; those that are outputs also as ``output:i``."""
+def _node_values(
+    program: Program, limits: Mapping[fx.Node, float]
+) -> tuple[dict[str, tuple[torch.Tensor, float]], dict[int, list[tuple[str, torch.Tensor, float]]]]:
+    """Values of all region results and their limits by node name; those that are outputs also as ``output:i``.
+
+    Beside them those of regions that work in place, by the number of the state that they update, in order.
+    """
     values: dict[str, tuple[torch.Tensor, float]] = {}
+    updates: dict[int, list[tuple[str, torch.Tensor, float]]] = {}
+    numbers = {state.placeholder: number for number, state in enumerate(program.states)}
 
     class Recorder(fx.Interpreter):
         def run_node(self, node: fx.Node) -> Any:
@@ -275,6 +283,9 @@ def _node_values(program: Program, limits: Mapping[fx.Node, float]) -> dict[str,
             source = node.args[0] if node.target is operator.getitem else node
             if isinstance(result, torch.Tensor) and isinstance(source, fx.Node) and is_region(source, "kernel"):
                 values[node.name] = (result, limits[node])
+                number = numbers.get(_updated(node).name)
+                if number is not None:
+                    updates.setdefault(number, []).append((node.name, result, limits[node]))
             return result
 
     with torch.no_grad():
@@ -285,7 +296,16 @@ def _node_values(program: Program, limits: Mapping[fx.Node, float]) -> dict[str,
     results = [(value, node) for i, (value, node) in enumerate(pairs) if i not in states]
     tensors = [(value, limits[node]) for value, node in results if isinstance(value, torch.Tensor)]  # type: ignore[index]
     values |= {f"output:{i}": value for i, value in enumerate(tensors)}
-    return values
+    return values, updates
+
+
+def _updated(node: fx.Node) -> fx.Node:
+    """The value in whose memory a region works, through all regions that do so; the node itself if it has its own."""
+    while is_region(node, "kernel") and node.meta["region"].updates is not None:
+        operand = node.args[node.meta["region"].updates]
+        assert isinstance(operand, fx.Node)
+        node = operand
+    return node
 
 
 def _tensor(array: Any) -> torch.Tensor:

@@ -54,7 +54,7 @@ def load_source(source: Source, task: Task, cache: Callable[[torch.dtype], torch
         if task.name != "forward" and (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
             from .frontends import decoder
 
-            if generate:
+            if generate or decoder.is_decoder(folder):
                 return decoder.open_checkpoint(folder, task, cache)
         source = _from_text(str(source))
     elif not isinstance(source, ExportedProgram | Loaded):

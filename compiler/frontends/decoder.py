@@ -97,7 +97,7 @@ def open_module(module: nn.Module, name: str, task: Task, cache: Callable[[torch
             f"{name} is a {type(module).__name__}, which cannot be compiled to generate text; that can be a "
             f"models.decoder.Decoder and checkpoint folders of {', '.join(FAMILIES)}"
         )
-    text = {"bos": None, "eos": [], "tokenizer": "bytes" if module.config.vocabulary == 256 else None}
+    text: dict[str, Any] = {"bos": None, "eos": [], "tokenizer": "bytes" if module.config.vocabulary == 256 else None}
     return generating(module, task, cache, text, {})
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ..passes.graph import ops as tilewright_ops  # noqa: F401 - registers our operators
-from ..passes.graph.quantized_ops import QUANTIZED_EMBEDDING, QUANTIZED_LINEAR
 from ..passes.graph.roles import Anchor, Roles
-from .c import attention, cache_append, convolution, matmul, paged_attention
+from .c import attention, cache_append, convolution, matmul, paged_attention, quantized
 from .registry import all_lowerings
 from .values import LANES
 
@@ -20,8 +19,11 @@ _ANCHORS = {
     **dict.fromkeys(cache_append.TARGETS, Anchor("cache_append", (1,), epilogue=False, inlines=(1,), updates=0)),
     **dict.fromkeys(paged_attention.TARGETS, Anchor("paged_attention", (0,), epilogue=False, tail=True, inlines=(0,))),
 }
-
-_QUANTIZED = dict.fromkeys((QUANTIZED_LINEAR, QUANTIZED_EMBEDDING), Anchor("quantized", (0,), inlines=(0,)))
+_ONLY_ON = {
+    "cpu": dict.fromkeys(quantized.TARGETS, Anchor("quantized", (0,), inlines=(0,))),
+    "cuda": {},
+}
+"""Anchors that only one kind of device has kernels for."""
 
 
 def fusion_roles(device: str = "cpu") -> Roles:
@@ -38,6 +40,5 @@ def fusion_roles(device: str = "cpu") -> Roles:
     pointwise, view, gather, reduction, window = (
         frozenset(groups.get(role, ())) for role in ("pointwise", "view", "gather", "reduction", "window")
     )
-    anchors = _ANCHORS | (_QUANTIZED if device == "cuda" else {})
     image_layout = "channels16" if device == "cpu" else "channels_last"
-    return Roles(pointwise, view, gather, reduction, window, anchors, image_layout, LANES)
+    return Roles(pointwise, view, gather, reduction, window, _ANCHORS | _ONLY_ON[device], image_layout, LANES)

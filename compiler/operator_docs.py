@@ -52,8 +52,13 @@ _ROLES = {
         "Attention over a paged cache",
         "Tokens of several sequences, each over its own blocks of the caches, float32 or bfloat16.",
     ),
+    "quantized": (
+        "Quantized weights",
+        "Linear layers and tables of 4 or 8 bits, on CPUs: one scale per row, or per 32, 64, 96... columns, with or "
+        "without zero points.",
+    ),
 }
-_FAMILIES = ("matmul", "convolution", "attention", "cache_append", "paged_attention")
+_FAMILIES = ("matmul", "convolution", "attention", "cache_append", "paged_attention", "quantized")
 
 NO_KERNEL = {
     "AffineGrid": "affine_grid_generator",

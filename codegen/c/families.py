@@ -9,6 +9,7 @@ from .convolution import convolution_family
 from .loops import loop_family
 from .matmul import matmul_family
 from .paged_attention import paged_attention_family
+from .quantized import quantized_family
 
 FAMILIES: dict[str, Family] = {
     "attention": attention_family,
@@ -17,4 +18,5 @@ FAMILIES: dict[str, Family] = {
     "matmul": matmul_family,
     "convolution": convolution_family,
     "paged_attention": paged_attention_family,
+    "quantized": quantized_family,
 }

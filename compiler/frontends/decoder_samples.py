@@ -34,8 +34,7 @@ def step_inputs(config: Config, context: int, sizes: Mapping[str, int], seed: in
         return torch.randint(low, high + 1, (count,), generator=generator)
 
     tokens, sequences, blocks = sizes["tokens"], sizes["sequences"], sizes["blocks"]
-    order = torch.randperm(blocks, generator=generator)
-    held: list[int] = []
+    order, held = torch.randperm(blocks, generator=generator), []
     for sequence in range(sequences):
         share = -(-(blocks - sum(held)) // (sequences - sequence))
         held.append(min(share, sizes["width"], -(-context // BLOCK)))

@@ -1,0 +1,116 @@
+"""quantized_matmul.c.jinja and quantized_embedding.c.jinja against dequantized weights in double precision."""
+
+import numpy as np
+import pytest
+import torch
+
+from tilewright.codegen.c.quantized_packing import (
+    block_rows,
+    group_steps,
+    pack_quantized,
+    panel_bytes,
+    quantized_units,
+    steps_of,
+)
+from tilewright.passes.graph.quantized_ops import dequantize, quantize_rows, quantize_weight
+from tilewright.passes.graph.quantized_rows import RowFormat
+
+TARGETS = ("v3", "v4base", "v4")
+EVERY = pytest.mark.parametrize(("target", "compiler"), [*((target, "gcc") for target in TARGETS), ("v3", "zig")])
+ROWS = (0, 1, 3, 4, 5, 7, 33)
+FORMATS = {
+    "int4-g32": (4, 32, True, 32),
+    "int4-g64-z": (4, 64, False, 32),
+    "int4-g128": (4, 128, True, 0),
+    "int4": (4, 0, True, 0),
+    "int8": (8, 0, True, 0),
+    "int8-by-32": (8, 0, True, 32),
+    "int8-g64-z": (8, 64, False, 32),
+    "int4-g32-z-float": (4, 32, False, -1),
+    "int8-float": (8, 0, True, -1),
+    "int8-g128-float": (8, 128, True, -1),
+}
+
+
+def weight_of(n, k, bits, group, symmetric, seed):
+    """Rows of numbers of different sizes, with a row of zeros, quantized."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=generator) * torch.logspace(-3, 3, n)[:, None]
+    weight[n // 2] = 0
+    return quantize_weight(weight, bits, group, symmetric, False)
+
+
+def activations_of(m, k, seed):
+    """Rows of different sizes; the second is zero, the third has one number that dwarfs the others."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator) * torch.logspace(-4, 4, m)[:, None]
+    x[1:2] = 0
+    x[2:3, k // 3] = 1e20
+    return x
+
+
+def kernel_of(native, form, n, activations, target, compiler="gcc", *, direct=True, block=None):
+    """y[m, n] = x @ w.T + bias, rows of x three elements further apart than they are long, M in dim[0]."""
+    k, shared = form.columns, activations // 32 or steps_of(form.columns)
+    per_row = block_rows(k, quantized=activations >= 0, gathered=not direct)
+    if direct:
+        x = {"x_direct": True, "x_base": "x", "x_stride": k + 3}
+    else:
+        x = {"read_x": native.Hole(f"const float *restrict from = x + m * {k + 3};", "const float x_value = from[k];")}
+    source = native.render(
+        "quantized_matmul.c.jinja",
+        name="product",
+        prelude="const float *restrict x = buf[0], *restrict bias = buf[2]; const uint8_t *restrict w = buf[1];\n"
+        "float *restrict y = buf[3]; const int64_t rows = dim[0];",
+        M="rows", N=n, K=k, bits=form.bits, zeros=not form.symmetric, per=group_steps(form),
+        activations=shared if activations >= 0 else 0, weight="w", panel_bytes=panel_bytes(form),
+        block=block or per_row,
+        epilogue=native.Hole(f"float *restrict to = y + m * {n};", "to[n] = acc + bias[n];"), **x,
+    )  # fmt: skip
+    kernel = native.build(source, "product", target, compiler)
+
+    def call(x, packed, bias, begin=None, end=None):
+        m = len(x)
+        wide = np.full((m, k + 3), np.nan, np.float32)
+        wide[:, :k] = x
+        y = np.full((m + 1, n), np.nan, np.float32)
+        units = quantized_units(m, n, block or per_row)
+        if begin is None:
+            begin, end = 0, units
+        assert kernel([wide, packed, bias, y], [m], begin, end) == 0
+        assert np.isnan(y[m]).all(), "wrote beyond the last row"
+        return y[:m]
+
+    return call
+
+
+def exact(x, rows, form, activations):
+    """The product in double precision, and the size of what is summed (for the error)."""
+    weight = dequantize(rows, form.columns, form.bits, form.group, form.symmetric).double()
+    if activations >= 0:
+        codes, scales = quantize_rows(x, activations)
+        x = (codes.double() * scales.double()[..., None]).flatten(1)[:, : form.columns]
+    return (x.double() @ weight.T).numpy(), (x.double().abs() @ weight.abs().T).numpy()
+
+
+@pytest.mark.sanitize("int4-g64-z-v3-gcc", "int8-v3-gcc", "float-v3-gcc", "int8-g64-z-v3-gcc")
+@EVERY
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("n", "k"), [(70, 299)], ids=[""])
+def test_product(native, target, compiler, name, n, k):
+    """Few rows and many, in blocks of 8, alone and together; columns and terms end inside a panel and a step."""
+    bits, group, symmetric, activations = FORMATS[name]
+    form = RowFormat(k, bits, group, symmetric)
+    if compiler == "zig" and name not in ("int4-g64-z", "int8", "int8-float"):
+        pytest.skip("three formats are enough for the second compiler")
+    rows = weight_of(n, k, bits, group, symmetric, seed=1)
+    packed = pack_quantized(rows.numpy(), form)
+    bias = np.linspace(-1, 1, n, dtype=np.float32)
+    call = kernel_of(native, form, n, activations, target, compiler, direct=group != 64, block=8)
+    for m in ROWS:
+        x = activations_of(m, k, seed=m)
+        got = call(x.numpy(), packed, bias)
+        expected, size = exact(x, rows, form, activations)
+        assert (np.abs(got - (expected + bias)) <= 2e-6 * (size + np.abs(bias))).all()
+        for row in range(0, m, 5):
+            np.testing.assert_array_equal(call(x[row : row + 1].numpy(), packed, bias)[0], got[row])

@@ -147,7 +147,7 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
     try:
         yield check
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 def as_data(done: Completion) -> dict[str, Any]:

@@ -5,7 +5,8 @@
 
 Every row is measured in turns with PyTorch, best of many; the limit is measured again beside every row, with as many
 threads. Weights stay in cache where they fit. Attention of one row counts bytes of keys and values, in GB/s beside the
-limit of reading memory. Two threads each run half of the work units, without waiting in between.
+limit of reading memory, and so does decoding over a paged cache. Two threads each run half of the work units, without
+waiting in between.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from tilewright.runtime.cpu import features
 from .kernels_attention import Attention, decoding, prompts
 from .kernels_case import POINTERS, Case, random
 from .kernels_convolution import convolutions
+from .kernels_paged import Paged, paged
 from .kernels_winograd import winograd_layers
 from .limits import build, loops, timed
 
@@ -63,7 +65,7 @@ def main() -> None:
         limits = loops(target, Path(folder), reading=any(is_read(case) for case in cases))
         for case in cases:
             limit = limits["read"] if is_read(case) else limits.get(case.dtype, limits["float32"])
-            amount = case.bytes if isinstance(case, Attention) and is_read(case) else case.flops
+            amount = case.bytes if isinstance(case, Attention | Paged) and is_read(case) else case.flops
             kernel = build(case.source, target, Path(folder))
             line = f"{case.name:34}"
             for count in counts:
@@ -85,12 +87,12 @@ def main() -> None:
         options.json.write_text(json.dumps(versions | {"rows": rows}, indent=1) + "\n")
 
 
-def run(kernel: Callable[..., None], case: Case | Attention, threads: int) -> float:
+def run(kernel: Callable[..., None], case: Case | Attention | Paged, threads: int) -> float:
     """Seconds for all units of a case, from the first thread's start to the last one's end."""
     return timed(kernel, case.arrays, case.units, threads, repeats_for(case, threads))
 
 
-def run_torch(case: Case | Attention, threads: int) -> float:
+def run_torch(case: Case | Attention | Paged, threads: int) -> float:
     """Seconds for PyTorch's operator."""
     repeats = repeats_for(case, threads)
     with torch.inference_mode():
@@ -100,22 +102,23 @@ def run_torch(case: Case | Attention, threads: int) -> float:
         return (time.perf_counter() - start) / repeats
 
 
-def repeats_for(case: Case | Attention, threads: int) -> int:
+def repeats_for(case: Case | Attention | Paged, threads: int) -> int:
     """Calls in one measurement: long against the clock, short against a busy machine's time slices."""
     return max(1, (20_000_000 if threads == 1 else 200_000_000) // case.flops)
 
 
-def every_case(panel: int) -> Iterator[Case | Attention]:
+def every_case(panel: int) -> Iterator[Case | Attention | Paged]:
     """Layers, their products with panels of so many columns, then attention in both types."""
     yield from layers(panel)
     for bf16 in (False, True):
         yield from prompts(bf16=bf16)
         yield from decoding(bf16=bf16)
+        yield from paged(bf16=bf16)
 
 
-def is_read(case: Case | Attention) -> bool:
+def is_read(case: Case | Attention | Paged) -> bool:
     """Whether reading memory limits a case."""
-    return isinstance(case, Attention) and case.reads
+    return isinstance(case, Attention | Paged) and case.reads
 
 
 def layers(panel: int) -> Iterator[Case]:

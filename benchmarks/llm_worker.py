@@ -32,6 +32,7 @@ class Runner:
         self.folder, self.dimensions = Path(folder), MODELS[model]
         self.decoder = open_decoder(CONTENDERS[contender], self.dimensions, self.folder, threads, sequences)
         self.text = tokens(self.dimensions, PROMPT + ROOM).tolist()
+        self.prompted = False  # whether sequence 0 has the prompt
 
     def check(self) -> dict[str, Any]:
         """How far logits are from the reference's, both of a prompt at once and of one whose last token comes alone."""
@@ -39,8 +40,6 @@ class Runner:
         at_once = self.decoder.append([self.text[:CHECK_PROMPT]], 0)[0].copy()
         self.decoder.rewind(1, CHECK_PROMPT - 1)
         alone = self.decoder.append([self.text[CHECK_PROMPT - 1 : CHECK_PROMPT]], CHECK_PROMPT - 1)[0]
-        self.decoder.rewind(1, 0)
-        self.decoder.append([self.text[:PROMPT]], 0)
         largest = float(np.abs(want).max())
         errors = [float(np.abs(got - want).max()) / largest for got in (at_once, alone)]
         return {"deviation": float(np.max(errors)), **self.decoder.facts()}
@@ -66,10 +65,19 @@ class Runner:
             start = time.perf_counter()
             self.decoder.append([self.text[:PROMPT]], 0)
             yield time.perf_counter() - start, PROMPT
+            self.prompted = True
+
+    def begin_decoding(self, batch: int) -> None:
+        """Give all sequences the prompt and nothing else."""
+        if not self.prompted:
+            self.decoder.rewind(1, 0)
+            self.decoder.append([self.text[:PROMPT]], 0)
+            self.prompted = True
+        self.decoder.rewind(batch, PROMPT)
 
     def decoding(self, batch: int) -> Any:
         """A token of each sequence, from the end of the prompt on; from there again where there is no more room."""
-        self.decoder.rewind(batch, PROMPT)
+        self.begin_decoding(batch)
         counted = False
         while True:
             for at in range(PROMPT, PROMPT + ROOM):
@@ -87,6 +95,7 @@ class Runner:
             return {"kernels": []}
         if asked.kind == "prompt":
             return {"kernels": self.decoder.profile([self.text[:PROMPT]], 0, calls)}
+        self.begin_decoding(asked.size)
         return {"kernels": self.decoder.profile([self.text[PROMPT : PROMPT + 1]] * asked.size, PROMPT, calls)}
 
 

@@ -35,6 +35,7 @@ from ..runtime.plan import (
 )  # fmt: skip
 from ..runtime.plan_check import ITEM_BYTES
 from ..runtime.sizes import Size
+from .in_place import refuse_later_readers
 from .interpret import is_size
 from .kernel import NAME, KernelCode, elements
 from .memory import plan_memory
@@ -246,8 +247,12 @@ class _Lowering:
         several = isinstance(values, tuple | list)
         layouts = node.meta.get("layouts", ())
         users = {user.args[1]: user for user in node.users if user.target is operator.getitem} if several else {0: node}
-        results = []
+        operands = [None if is_size(operand) else self._storage(operand) for operand in node.args]  # type: ignore[arg-type]
+        results: list[Storage] = []
         for position, value in enumerate(values if several else (values,)):
+            if self._works_in_place(node, operands):
+                results.append(operands[node.meta["region"].updates])  # type: ignore[arg-type]
+                continue
             user = users.get(position)
             layout = layouts[position] if layouts else "rows"
             claimed = self.output_of.get(user) if user is not None else None
@@ -257,7 +262,12 @@ class _Lowering:
                 continue
             name = user.name if user is not None else f"{node.name}_{position}"
             results.append(Storage("buffer", self.symbols.shape(value), dtype_name(value.dtype), layout, name))
-        operands = [None if is_size(operand) else self._storage(operand) for operand in node.args]  # type: ignore[arg-type]
+        updates = node.meta["region"].updates
+        if updates is not None and operands[updates] is not results[0]:  # no state: the kernel updates a copy
+            old = node.args[updates]
+            assert isinstance(old, fx.Node)
+            self._copy(old, self._storage(old), results[0])
+            operands[updates] = results[0]
         tuned_for = self.tuner.base if self.tuner else ""
         task = Task(
             node, nested, operands, results, self.symbols, self.constants, self.precision, tuned_for, self.panel
@@ -272,6 +282,19 @@ class _Lowering:
             raise type(error)(f"{origin_of(node).source or node.name}: {error}") from error
         self.steps.append((family, made, origin_of(node), results))
         self.storages[node] = tuple(results) if several else results[0]
+
+    def _works_in_place(self, node: fx.Node, operands: Sequence[Storage | None]) -> bool:
+        """Whether a region's result is the memory of a state that it updates.
+
+        Raises:
+            CompileError: it ought to be, but something still reads what was there.
+        """
+        updates = node.meta["region"].updates
+        storage = operands[updates] if updates is not None else None
+        if storage is None or storage.kind != "state":
+            return False
+        refuse_later_readers(self.program, node, self.program.states[storage.index])
+        return True
 
     def _storage(self, node: fx.Node) -> Storage:
         storage = self.storages[node]

@@ -18,12 +18,8 @@ _ANCHORS = {
     **dict.fromkeys(attention.TARGETS, Anchor("attention", (0, 1, 2), epilogue=False, tail=True)),
     **dict.fromkeys(cache_append.TARGETS, Anchor("cache_append", (1,), epilogue=False, inlines=(1,), updates=0)),
     **dict.fromkeys(paged_attention.TARGETS, Anchor("paged_attention", (0,), epilogue=False, tail=True, inlines=(0,))),
+    **dict.fromkeys(quantized.TARGETS, Anchor("quantized", (0,), inlines=(0,))),
 }
-_ONLY_ON = {
-    "cpu": dict.fromkeys(quantized.TARGETS, Anchor("quantized", (0,), inlines=(0,))),
-    "cuda": {},
-}
-"""Anchors that only one kind of device has kernels for."""
 
 
 def fusion_roles(device: str = "cpu") -> Roles:
@@ -41,4 +37,4 @@ def fusion_roles(device: str = "cpu") -> Roles:
         frozenset(groups.get(role, ())) for role in ("pointwise", "view", "gather", "reduction", "window")
     )
     image_layout = "channels16" if device == "cpu" else "channels_last"
-    return Roles(pointwise, view, gather, reduction, window, _ANCHORS | _ONLY_ON[device], image_layout, LANES)
+    return Roles(pointwise, view, gather, reduction, window, dict(_ANCHORS), image_layout, LANES)

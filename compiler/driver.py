@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ..runtime.cpu import features
 from ..runtime.model import load
 from ..runtime.plan import Plan
 from .frontends import Loaded
+from .mapped import release
 from .options import CompileOptions, Entry, Task
 from .precision import applied, cache_type, precision_on
 from .samples import sample_sizes
@@ -143,6 +144,7 @@ class Compilation:
         self.seconds: dict[str, float] = {}
         self.source_info: dict[str, Any] = {}  # what the manifest says of the source, once it has been read
         self.copies: dict[str, Path] = {}  # path in the artifact -> file that comes there, likewise
+        self.mapped: tuple[Path, ...] = ()  # files that the source's weights are mapped from, likewise
         self.precision: dict[str, str] = {}  # by kind of device, once the source has been captured
         self._progress = progress or (lambda phase, detail: None)
 
@@ -203,6 +205,7 @@ class Compilation:
             opened = load_source(source, self.options.task, self._cache_type)
             if isinstance(opened, Loaded):
                 self.source_info, self.copies = dict(opened.info), dict(opened.files)
+                self.mapped = opened.mapped
             programs = open_source(opened, args, kwargs, shapes, entries, inputs)
         self.precision = {
             device: precision_on(device, self.options.precision, programs, self.targets.cpu)
@@ -293,7 +296,8 @@ class Compilation:
     def _verify_on(self, path: Path, device: str, reference: Program, program: Program) -> list[OutputError]:
         with load(path, device=device) as model:
             entry = model.entry(reference.name)
-            found = verify_outputs(entry, reference, device, self.precision[device])
+            given_back = partial(release, self.mapped)
+            found = verify_outputs(entry, reference, device, self.precision[device], given_back)
             wrong = next((error for error in found if not error.ok), None)
             hint = ""
             if wrong is not None:

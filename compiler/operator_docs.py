@@ -54,8 +54,8 @@ _ROLES = {
     ),
     "quantized": (
         "Quantized weights",
-        "Linear layers and tables of 4 or 8 bits, on CPUs: one scale per row, or per 32, 64, 96... columns, with or "
-        "without zero points.",
+        "Linear layers and tables of 4 or 8 bits, with or without zero points. On CPUs groups are whole numbers of 32 "
+        "columns, or rows.",
     ),
 }
 _FAMILIES = ("matmul", "convolution", "attention", "cache_append", "paged_attention", "quantized")

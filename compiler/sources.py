@@ -51,14 +51,22 @@ def load_source(source: Source, task: Task, cache: Callable[[torch.dtype], torch
     generate, name = task.name == "generate", str(source) if isinstance(source, str | Path) else "the source"
     if isinstance(source, str | Path):
         folder = Path(source)
-        if generate and (folder / "config.json").is_file():
+        if task.name != "forward" and (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
             from .frontends import decoder
 
-            return decoder.open_checkpoint(folder, task, cache)
+            if generate or decoder.is_decoder(folder):
+                return decoder.open_checkpoint(folder, task, cache)
         source = _from_text(str(source))
     elif not isinstance(source, ExportedProgram | Loaded):
         source = _from_module(source)
-    if not generate or (isinstance(source, Loaded) and source.entries):
+    if isinstance(source, Loaded) and source.entries:
+        return source
+    if not generate:
+        if task != Task(task.name):
+            raise UsageError(
+                f"--context, --chunk, --sequences and --cache are limits of generation, and {name} is compiled for its "
+                f"forward: leave them out, or add --task generate"
+            )
         return source
     if isinstance(source, ExportedProgram):
         raise UsageError("an exported program computes what it was exported for; --task generate needs a decoder")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -86,21 +86,25 @@ def why_not_here(path: Path, device: str) -> str:
     return why_not(read_artifact(path))
 
 
-def verify_outputs(entry: Entry, reference: Program, device: str = "cpu", precision: str = "auto") -> list[OutputError]:
-    """Run an entry point and eager PyTorch on the same inputs at several sizes.
+def verify_outputs(
+    entry: Entry, reference: Program, device: str = "cpu", precision: str = "auto",
+    between: Callable[[], None] = lambda: None,
+) -> list[OutputError]:  # fmt: skip
+    """Run eager PyTorch and then an entry point on the same inputs at several sizes.
 
     Args:
         entry: of the loaded artifact.
         reference: the program as captured, before any pass (:func:`reference_of`).
         device: the kind of device that the entry point's plan is for.
         precision: what it computes in (``precision.py``); a coarser one than the model's sets the tolerance.
+        between: called when the reference's weights have served.
 
     Returns:
         One error per output and assignment of the symbols; empty where the model returns no tensor. Integers that
         follow from half-precision numbers are compared where a CPU computes those in float32; elsewhere a unit in the
         last place decides them.
     """
-    found = []
+    cases = []
     tolerances = tolerances_of(reference, precision)
     widened = device == "cpu" and precision in ("auto", "fp32")
     wide = _widened(reference) if inf in tolerances and widened else reference
@@ -113,6 +117,10 @@ def verify_outputs(entry: Entry, reference: Program, device: str = "cpu", precis
             for value, same, tolerance in zip(eager, exact, tolerances, strict=True)
             if isinstance(value, torch.Tensor)
         ]
+        cases.append((values, inputs, expected))
+    between()
+    found = []
+    for values, inputs, expected in cases:
         results = zip(entry.plan.outputs, expected, run_entry(entry, inputs, values), strict=False)
         for port, (want, tolerance), got in results:
             if tolerance < inf:
@@ -202,7 +210,7 @@ def verify_kernels(entry: Entry, lowered: Program, precision: str = "auto") -> l
         lowered: the program after all passes, whose regions are the artifact's steps.
         precision: what it computes in; a coarser one than the model's sets the tolerance.
     """
-    expected = _node_values(lowered, node_tolerances(lowered, precision))
+    expected, updates = _node_values(lowered, node_tolerances(lowered, precision))
     plan = entry.plan
     found: list[KernelError] = []
 
@@ -211,9 +219,10 @@ def verify_kernels(entry: Entry, lowered: Program, precision: str = "auto") -> l
         for position in plan.steps[step].writes:
             ref = launched.operands[position]
             name = _written_name(plan, ref)
-            if name in expected:
+            waiting = updates.get(ref.index) if ref.kind == "state" else None
+            if waiting or name in expected:
                 got = _tensor(read(ref))
-                want, limit = expected[name]
+                name, want, limit = waiting.pop(0) if waiting else (name, *expected[name])
                 error = error_of(want, got.reshape(want.shape) if got.numel() == want.numel() else got)
                 tolerance = max(tolerance_of(want.dtype), limit if want.is_floating_point() else 0.0)
                 found.append(KernelError(step, plan.steps[step].name, name, error, tolerance))
@@ -257,9 +266,16 @@ def _written_name(plan: Plan, ref: Ref) -> str:
     return plan.buffers[ref.index].name if ref.kind == "buffer" else f"{ref.kind}:{ref.index}"
 
 
-def _node_values(program: Program, limits: Mapping[fx.Node, float]) -> dict[str, tuple[torch.Tensor, float]]:
-    """Values of all region results and their limits by node name; those that are outputs also as ``output:i``."""
+def _node_values(
+    program: Program, limits: Mapping[fx.Node, float]
+) -> tuple[dict[str, tuple[torch.Tensor, float]], dict[int, list[tuple[str, torch.Tensor, float]]]]:
+    """Values of all region results and their limits by node name; those that are outputs also as ``output:i``.
+
+    Beside them those of regions that work in place, by the number of the state that they update, in order.
+    """
     values: dict[str, tuple[torch.Tensor, float]] = {}
+    updates: dict[int, list[tuple[str, torch.Tensor, float]]] = {}
+    numbers = {state.placeholder: number for number, state in enumerate(program.states)}
 
     class Recorder(fx.Interpreter):
         def run_node(self, node: fx.Node) -> Any:
@@ -267,6 +283,9 @@ def _node_values(program: Program, limits: Mapping[fx.Node, float]) -> dict[str,
             source = node.args[0] if node.target is operator.getitem else node
             if isinstance(result, torch.Tensor) and isinstance(source, fx.Node) and is_region(source, "kernel"):
                 values[node.name] = (result, limits[node])
+                number = numbers.get(_updated(node).name)
+                if number is not None:
+                    updates.setdefault(number, []).append((node.name, result, limits[node]))
             return result
 
     with torch.no_grad():
@@ -277,7 +296,16 @@ def _node_values(program: Program, limits: Mapping[fx.Node, float]) -> dict[str,
     results = [(value, node) for i, (value, node) in enumerate(pairs) if i not in states]
     tensors = [(value, limits[node]) for value, node in results if isinstance(value, torch.Tensor)]  # type: ignore[index]
     values |= {f"output:{i}": value for i, value in enumerate(tensors)}
-    return values
+    return values, updates
+
+
+def _updated(node: fx.Node) -> fx.Node:
+    """The value in whose memory a region works, through all regions that do so; the node itself if it has its own."""
+    while is_region(node, "kernel") and node.meta["region"].updates is not None:
+        operand = node.args[node.meta["region"].updates]
+        assert isinstance(operand, fx.Node)
+        node = operand
+    return node
 
 
 def _tensor(array: Any) -> torch.Tensor:

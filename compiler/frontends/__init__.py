@@ -27,6 +27,7 @@ class Loaded:
         entries: entry points to compile, where it is not the module's forward, or not that alone.
         info: what the manifest says about the source beyond what it says about every one.
         files: files to copy into the artifact: path there → path here.
+        mapped: files that the module's weights are mapped from.
     """
 
     module: nn.Module
@@ -39,3 +40,4 @@ class Loaded:
     entries: Mapping[str, Entry] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
+    mapped: tuple[Path, ...] = ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,12 @@ from . import Loaded
 from .decoder_families import FAMILIES, Family, Fields
 from .decoder_samples import step_inputs
 from .huggingface import read_config
-from .weights import check_weight_files, map_tensors
+from .weights import check_weight_files, map_tensors, weight_files
 
 ENTRY = "step"
 _IGNORED = "rotary_emb.inv_freq"  # older checkpoints hold these frequencies, which follow from the configuration
-_SAMPLE = {
-    "tokens": 11,
-    "sequences": 3,
-    "width": 2,
-    "rows": 5,
-    "blocks": 7,
-}  # different, so that none are taken for one
+# All different, so that no two are taken for one; twice the tokens are enough for products of many rows.
+_SAMPLE = {"tokens": 37, "sequences": 3, "width": 2, "rows": 5, "blocks": 7}
 _TOKENIZER = "tokenizer.json"
 
 
@@ -86,7 +82,8 @@ def open_checkpoint(folder: Path, task: Task, cache: Callable[[torch.dtype], tor
     tokenizer = folder / _TOKENIZER
     text = {"tokenizer": _TOKENIZER if tokenizer.is_file() else None}
     files = {_TOKENIZER: tokenizer} if tokenizer.is_file() else {}
-    return generating(module, task, cache, {**special, **text}, files)
+    loaded = generating(module, task, cache, {**special, **text}, files)
+    return replace(loaded, mapped=tuple(weight_files(folder)))
 
 
 def open_module(module: nn.Module, name: str, task: Task, cache: Callable[[torch.dtype], torch.dtype]) -> Loaded:
@@ -100,7 +97,7 @@ def open_module(module: nn.Module, name: str, task: Task, cache: Callable[[torch
             f"{name} is a {type(module).__name__}, which cannot be compiled to generate text; that can be a "
             f"models.decoder.Decoder and checkpoint folders of {', '.join(FAMILIES)}"
         )
-    text = {"bos": None, "eos": [], "tokenizer": "bytes" if module.config.vocabulary == 256 else None}
+    text: dict[str, Any] = {"bos": None, "eos": [], "tokenizer": "bytes" if module.config.vocabulary == 256 else None}
     return generating(module, task, cache, text, {})
 
 
@@ -152,7 +149,8 @@ def generating(
         "max_sequences": task.sequences, "layers": config.layers, "kv_heads": config.kv_heads,
         "head_size": config.head_size, "cache_dtype": str(dtype).removeprefix("torch."), **text,
     }  # fmt: skip
-    entry = Entry("step", (), samples, shapes, make=make)
+    states = tuple(name for name in shapes if name.startswith(("keys.", "values.")))
+    entry = Entry("step", (), samples, shapes, make=make, states=states)
     return Loaded(module, entries={ENTRY: entry}, info={"generation": described}, files=files)
 
 

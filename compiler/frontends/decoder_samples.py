@@ -34,7 +34,8 @@ def step_inputs(config: Config, context: int, sizes: Mapping[str, int], seed: in
         return torch.randint(low, high + 1, (count,), generator=generator)
 
     tokens, sequences, blocks = sizes["tokens"], sizes["sequences"], sizes["blocks"]
-    order, held = torch.randperm(blocks, generator=generator), []
+    order = torch.randperm(blocks, generator=generator)
+    held: list[int] = []
     for sequence in range(sequences):
         share = -(-(blocks - sum(held)) // (sequences - sequence))
         held.append(min(share, sizes["width"], -(-context // BLOCK)))

@@ -21,7 +21,7 @@ from torch import nn
 from ...runtime.errors import ArtifactError, SourceError
 from . import Loaded
 from .sentence import SentenceEncoder, Stages, read_stages
-from .weights import check_weight_files
+from .weights import check_weight_files, weight_files
 
 _BATCH, _SEQUENCE = 2, 11  # example sizes; different from each other and unlikely to equal a model's own sizes
 _LONGEST = 2048  # tokens, where the configuration names no limit
@@ -42,11 +42,12 @@ def load_checkpoint(folder: Path) -> Loaded:
         ArtifactError: weight files that are missing, damaged or do not fit the configuration.
     """
     stages = read_stages(folder)
-    model = load_model(stages.transformer if stages else folder)
+    place = stages.transformer if stages else folder
+    model = load_model(place)
     kwargs, shapes = _samples(model, folder, stages)
     module: nn.Module = SentenceEncoder(model, stages) if stages else model
     alike = tuple(kwargs) if "input_ids" in kwargs else ()
-    return Loaded(module.eval(), (), kwargs, shapes, alike=alike)
+    return Loaded(module.eval(), (), kwargs, shapes, alike=alike, mapped=tuple(weight_files(place)))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -32,8 +32,21 @@ def outline_regions(program: Program, grouping: Grouping, roles: Roles, report: 
             used[name] = used.get(name, -1) + 1
             name += f"_{used[name]}" if used[name] else ""
             listed = ", ".join(f"%{node}" for node in members[vertex])
+            updated = _updated(vertex.root, roles)
             call = outline(program.module, members[vertex], Region("kernel", vertex.family), name)
+            if updated is not None:
+                call.meta["region"] = Region("kernel", vertex.family, call.args.index(updated))
             report.change(call, f"one {vertex.family} kernel computes {listed}")
+
+
+def _updated(root: fx.Node | None, roles: Roles) -> fx.Node | None:
+    """The operand that an anchor updates in place, if it does."""
+    anchor = roles.anchors.get(root.target) if root is not None else None
+    if root is None or anchor is None or anchor.updates is None:
+        return None
+    operand = root.args[anchor.updates]
+    assert isinstance(operand, fx.Node), f"{root} updates an operand that is no tensor"
+    return operand
 
 
 def region_name(nodes: list[fx.Node], roles: Roles) -> str:

@@ -28,10 +28,12 @@ class Region:
             artifact is written, one at a time, and never twice.
         family: for kernels, the family whose template makes it (``"loop"``, ``"matmul"``, ``"convolution"``,
             ``"attention"``, ...); empty for constants.
+        updates: position of the operand whose memory the one result takes, for kernels that work in place.
     """
 
     kind: Literal["kernel", "constant"]
     family: str = ""
+    updates: int | None = None
 
 
 def is_region(node: fx.Node, kind: str | None = None) -> bool:

@@ -194,10 +194,16 @@ class Counting:
 def test_turns(benchmark):
     working, units = benchmark("llm_worker"), benchmark("llm_units")
     runner = object.__new__(working.Runner)
-    runner.decoder, runner.text = Counting(), list(range(units.PROMPT + units.ROOM))
+    runner.decoder, runner.text, runner.prompted = Counting(), list(range(units.PROMPT + units.ROOM)), False
     found = runner.turn("decode-4", 0.0)
     assert found["positions"] == [4 * (units.PROMPT + 2)] and len(found["times"]) == 1
-    assert runner.decoder.calls == [("rewind", 4, 128), (4, 1, 128), (4, 1, 129)]  # the first step is not counted
+    prompt = [("rewind", 1, 0), (1, 128, 0)]
+    assert runner.decoder.calls == [
+        *prompt,
+        ("rewind", 4, 128),
+        (4, 1, 128),
+        (4, 1, 129),
+    ]  # the first step is not counted
     runner.decoder = Counting()
     assert runner.turn("prompt-128", 0.0)["positions"] == [128]
     assert runner.decoder.calls == [("rewind", 1, 0), (1, 128, 0)]

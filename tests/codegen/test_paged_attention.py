@@ -217,3 +217,29 @@ def test_units():
         for place, count in enumerate(counts):
             assert slots[place] + -(-int(count) // tile) <= slots[place + 1]
     assert paged_units(17, 3, 4, 8) == 4 * (17 // 6 + 3 + 1)
+
+
+class Rotated(torch.nn.Module):
+    """Queries out of a fused projection, rotated."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(24, 4 * 16 + 8)
+
+    def forward(self, x, cos, sin, keys, values, positions, starts, contexts, table):
+        q = self.project(x)[:, 4:-4].unflatten(-1, (4, 16))
+        q = torch.ops.tilewright.rotary_embedding(q, cos[:, None], sin[:, None])
+        return torch.ops.tilewright.paged_attention(q, keys, values, positions, starts, contexts, table, 0.25, 0)
+
+
+def test_queries_are_rotated_inside(compiled, assert_same):
+    step = Step([(40, 3), (70, 8)], 2, 16)
+    torch.manual_seed(0)
+    angles = torch.randn(11, 8)
+    ragged = (torch.from_numpy(array) for array in (step.positions, step.starts, step.contexts, step.table))
+    given = (torch.randn(11, 24), angles.cos(), angles.sin(), step.keys, step.values, *ragged)
+    module = Rotated().eval()
+    model = compiled(module, given)
+    (plan,) = model.artifact.plans.values()
+    assert [step.family for step in plan.steps] == ["matmul", "paged_attention"]
+    assert_same(model, module, given)

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from tilewright.codegen.roles import fusion_roles
 from tilewright.passes.graph.quantized_ops import quantize_weight
 from tilewright.runtime.errors import CompileError, InputError
 
@@ -97,8 +96,3 @@ def test_groups_without_a_kernel(compiled, spec):
     module, x = Quantized(40, 96, *spec), torch.randn(3, 96)
     with pytest.raises(CompileError, match="have no kernel on CPUs; choose groups"):
         compiled(module, (x,))
-
-
-def test_only_cpus_have_kernels():
-    assert linear in fusion_roles("cpu").anchors and embedding in fusion_roles("cpu").anchors
-    assert not fusion_roles("cuda").known(linear) and not fusion_roles("cuda").known(embedding)

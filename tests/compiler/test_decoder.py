@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import tilewright
 from tilewright.compiler.frontends.decoder import load_decoder, open_checkpoint, open_module
 from tilewright.compiler.frontends.decoder_families import FAMILIES, Fields
 from tilewright.compiler.frontends.decoder_samples import step_inputs
 from tilewright.compiler.options import Task
-from tilewright.compiler.sources import load_source
+from tilewright.compiler.sources import load_source, open_source
 from tilewright.models import registry
 from tilewright.models.decoder import Config, Decoder
 from tilewright.models.rotary import LinearScaling, Llama3Scaling
@@ -44,6 +46,8 @@ CHECKPOINTS = {
     "qwen2": ("Qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(head_dim=32, tie_word_embeddings=True)),
 }
+
+COMPILED = ("llama3", "mistral", "qwen2", "qwen3")  # every family once, and everything in which they differ
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +88,31 @@ def damaged(checkpoint, tmp_path):
     return folder, configure, rewrite
 
 
+class Eager:
+    """The step of a module with its own caches, filled with NaN: what no token has written must not be seen."""
+
+    def __init__(self, module, blocks):
+        self.module, config = module, module.config
+        shapes = (config.head_size, BLOCK), (BLOCK, config.head_size)
+        self.caches = [
+            [torch.full((blocks, config.kv_heads, *shape), torch.nan) for _ in module.layers] for shape in shapes
+        ]
+
+    @torch.no_grad()
+    def __call__(self, *integers):
+        result = self.module.step(*integers, *self.caches)
+        self.caches = [result["keys"], result["values"]]
+        return result["logits"]
+
+
 class Texts:
     """Sequences over one pool of blocks, stepped by hand; the blocks of a sequence are scattered."""
 
-    def __init__(self, module, sequences, blocks_each=CONTEXT // BLOCK):
-        config = module.config
-        self.module, self.seen = module, [0] * sequences
-        shapes = (config.head_size, BLOCK), (BLOCK, config.head_size)
-        blocks = sequences * blocks_each
-        self.keys, self.values = (
-            [torch.full((blocks, config.kv_heads, *shape), torch.nan) for _ in range(config.layers)] for shape in shapes
-        )
+    def __init__(self, make, sequences):
+        blocks = sequences * (CONTEXT // BLOCK)
+        self.run, self.seen = make(blocks), [0] * sequences
         self.table = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).view(sequences, -1).int()
 
-    @torch.no_grad()
     def step(self, new):
         """Tokens by sequence; the logits behind the last token of each, in order."""
         sequences = list(new)
@@ -108,9 +123,7 @@ class Texts:
         starts, contexts = lengths.cumsum(0), torch.tensor([self.seen[s] for s in sequences])
         tokens = torch.cat([torch.as_tensor(new[s]) for s in sequences])
         integers = [item.int() for item in (tokens, positions, starts, contexts)]
-        result = self.module.step(*integers, self.table[sequences], (starts[1:] - 1).int(), self.keys, self.values)
-        self.keys, self.values = result["keys"], result["values"]
-        return result["logits"]
+        return self.run(*integers, self.table[sequences], (starts[1:] - 1).int())
 
 
 def prompts(*lengths):
@@ -119,38 +132,73 @@ def prompts(*lengths):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_logits_are_those_of_transformers(checkpoint, name):
-    folder, reference = checkpoint(name)
-    module, _ = load_decoder(folder)
+def check_steps(make, reference):
+    """Logits of two sequences, prompts in chunks and together, against transformers'."""
     first, second = prompts(53, 40)
-    (wanted,) = reference(first[None]).logits
-    torch.testing.assert_close(module(first[None])[0], wanted, rtol=1e-4, atol=1e-4)
-    texts = Texts(module, 2)
+    wanted, wanted_second = reference(first[None]).logits[0], reference(second[None]).logits[0]
+    texts = Texts(make, 2)
     texts.step({1: second[:7]})
     both = texts.step({1: second[7:], 0: first[:20]})
-    torch.testing.assert_close(both[0], reference(second[None]).logits[0, -1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(both[1], wanted[19], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(texts.step({0: first[20:]})[0], wanted[-1], rtol=1e-4, atol=1e-4)
+    for found, expected in (
+        (both[0], wanted_second[-1]),
+        (both[1], wanted[19]),
+        (texts.step({0: first[20:]})[0], wanted[-1]),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_greedy_tokens_are_those_of_transformers(checkpoint, name):
-    """Alone with the whole prompt, and together with another sequence, the prompt in chunks."""
-    folder, reference = checkpoint(name)
-    module, _ = load_decoder(folder)
+def check_greedy(make, reference, count=64):
+    """Tokens of a prompt alone and whole, and in chunks beside another sequence, against transformers'."""
     prompt, other = prompts(21, 12)
-    (wanted,) = reference.generate(prompt[None], max_new_tokens=64, do_sample=False)
-    alone, together = Texts(module, 1), Texts(module, 2)
+    (wanted,) = reference.generate(prompt[None], max_new_tokens=count, do_sample=False)
+    alone, together = Texts(make, 1), Texts(make, 2)
     logits, beside = alone.step({0: prompt}), together.step({0: prompt[:9], 1: other})
     beside = torch.cat((together.step({0: prompt[9:]}), beside[1:]))
     found, found_beside = [], []
-    for _ in range(64):
+    for _ in range(count):
         found.append(int(logits[0].argmax()))
         found_beside.append(int(beside[0].argmax()))
         logits = alone.step({0: found[-1:]})
         beside = together.step({0: found_beside[-1:], 1: [int(beside[1].argmax())]})
     assert found == wanted[len(prompt) :].tolist() == found_beside
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_are_those_of_transformers(checkpoint, name):
+    folder, reference = checkpoint(name)
+    module, _ = load_decoder(folder)
+    first, _ = prompts(53, 40)
+    (wanted,) = reference(first[None]).logits
+    torch.testing.assert_close(module(first[None])[0], wanted, rtol=1e-4, atol=1e-4)
+    check_steps(partial(Eager, module), reference)
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name not in COMPILED])
+def test_greedy_tokens_are_those_of_transformers(checkpoint, name):
+    folder, reference = checkpoint(name)
+    check_greedy(partial(Eager, load_decoder(folder)[0]), reference)
+
+
+class Compiled:
+    """The step of an artifact, with the caches of a session."""
+
+    def __init__(self, model, blocks):
+        self.entry = model.session({"blocks": blocks}).entry("step")
+
+    def __call__(self, *integers):
+        return torch.from_numpy(self.entry(*(item.numpy() for item in integers))["logits"].copy())
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_artifacts_give_what_transformers_gives(checkpoint, name, tmp_path):
+    folder, reference = checkpoint(name)
+    done = tilewright.compile(folder, output=tmp_path / "m.tw", task=tilewright.Task(chunk=64, sequences=4))
+    assert len(done.errors) == 3, "verified at the sample's, the smallest and larger sizes"
+    with tilewright.load(tmp_path / "m.tw", threads=1) as model:
+        assert model.artifact.manifest.info["generation"]["max_sequences"] == 4
+        check_steps(partial(Compiled, model), reference)
+        check_greedy(partial(Compiled, model), reference)
 
 
 def test_configurations_of_older_releases():
@@ -259,11 +307,15 @@ def test_tasks(checkpoint):
     def load(source, name):
         return load_source(source, Task(name), lambda dtype: dtype)
 
-    assert list(load(folder, "generate").entries) == ["step"] == list(load(str(folder), "generate").entries)
+    assert list(load(folder, "auto").entries) == ["step"] == list(load(str(folder), "generate").entries)
     assert not load(folder, "forward").entries and not load("bytelm", "auto").entries
     byte = load("bytelm", "generate").info["generation"]
     assert (byte["tokenizer"], byte["context"], byte["vocabulary"]) == ("bytes", 256, 256)
     assert load("llama_tiny", "generate").info["generation"]["tokenizer"] is None
+    with pytest.raises(UsageError, match="limits of generation, and bytelm is compiled for its forward"):
+        load_source("bytelm", Task(context=64), lambda dtype: dtype)
+    with pytest.raises(UsageError, match="of generation have inputs and shapes of their own"):
+        open_source(load(folder, "auto"), shapes={"tokens": "t:1..4"})
     with pytest.raises(UsageError, match="mlp is a MLP, which cannot be compiled to generate text"):
         load("mlp", "generate")
 

@@ -13,7 +13,7 @@ from tilewright.compiler.capture import capture
 from tilewright.compiler.cli import cli
 from tilewright.compiler.driver import Compilation
 from tilewright.compiler.options import CompileOptions
-from tilewright.compiler.precision import precision_on
+from tilewright.compiler.precision import cache_type, precision_on
 from tilewright.compiler.verification import verify_kernels
 from tilewright.runtime import cpu
 
@@ -90,6 +90,25 @@ def test_a_bfloat16_model_is_widened_where_a_target_lacks_it(tmp_path):
     assert "output2" in {item.output for item in done.errors}, "in float32 indices agree"
 
 
+@pytest.mark.parametrize(
+    ("cache", "requested", "dtype", "devices", "targets", "expected"),
+    [
+        ("auto", "auto", torch.float32, ("cpu",), "cpu:x86-64-v4+bf16", torch.float32),
+        ("auto", "auto", torch.bfloat16, ("cpu",), "cpu:x86-64-v3", torch.float32),
+        ("auto", "auto", torch.bfloat16, ("cpu",), "cpu:x86-64-v4+bf16", torch.bfloat16),
+        ("auto", "auto", torch.bfloat16, ("cuda",), "", torch.bfloat16),
+        ("auto", "auto", torch.float16, ("cuda",), "", torch.float32),
+        ("auto", "fp32", torch.bfloat16, ("cuda",), "", torch.float32),
+        ("auto", "bf16", torch.float32, ("cpu",), "cpu:x86-64-v3", torch.bfloat16),
+        ("fp32", "bf16", torch.float32, ("cpu",), "cpu:x86-64-v3", torch.float32),
+        ("bf16", "auto", torch.float32, ("cpu", "cuda"), "cpu:x86-64-v3", torch.bfloat16),
+    ],
+)
+def test_the_type_of_caches(cache, requested, dtype, devices, targets, expected):
+    found = (parse(targets, ()),) if targets else ()
+    assert cache_type(cache, requested, dtype, devices, found) == expected
+
+
 @pytest.mark.skipif("avx512_bf16" not in cpu.features(), reason="this processor has no bfloat16")
 def test_a_bfloat16_model_is_computed_in_it_where_every_target_has_it(tmp_path):
     _, recorded, path = compiled(tmp_path, torch.bfloat16, NATIVE)
@@ -138,7 +157,8 @@ def test_a_bfloat16_checkpoint_folder(tmp_path):
     )  # fmt: skip
     folder, path = tmp_path / "llama", tmp_path / "m.tw"
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    text = call("compile", folder, "-o", path, "--target", NATIVE, "-q", "--verify", "off").stdout
+    forward = ("--task", "forward", "--target", NATIVE, "-q", "--verify", "off")
+    text = call("compile", folder, "-o", path, *forward).stdout
     assert "computes in fp32 and bf16 (--precision auto)" in text, "angles are the model's own float32"
     assert "bfloat16" in stored(path)
     checked = json.loads(call("verify", path, folder, "--kernels", "--json", "-q").stdout)

@@ -1,0 +1,38 @@
+"""Pages of memory-mapped weights go when they are given back, and come again from the file."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tilewright.compiler.frontends.weights import map_tensors, weight_files
+from tilewright.compiler.mapped import release
+
+SMAPS = Path("/proc/self/smaps")
+
+
+def resident(path: Path) -> int:
+    """KiB of a file that are in this process's memory."""
+    total, inside = 0, False
+    for line in SMAPS.read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="reads Linux's memory accounting")
+def test_pages_go_and_come_again(tmp_path):
+    save_file({"w": torch.arange(1 << 18, dtype=torch.float32)}, tmp_path / "model.safetensors")
+    save_file({"w": torch.ones(1 << 18)}, tmp_path / "other.safetensors")
+    (path,) = weight_files(tmp_path)
+    weight, mine = map_tensors(tmp_path)["w"], torch.ones(1 << 18)
+    total = weight.double().sum()
+    assert resident(path) >= 1024
+    release([path, tmp_path / "other.safetensors"])
+    assert resident(path) == 0
+    assert torch.equal(weight.double().sum(), total) and mine.sum() == 1 << 18
+    release([])
+    assert resident(path) >= 1024

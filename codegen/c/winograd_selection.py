@@ -5,8 +5,11 @@ together may grow to :data:`GROWTH` times its weights, and what lowering fills p
 is made for all entry points, before lowering: it goes into ``meta["winograd"]`` of regions, where the convolution
 family finds it. A weight of which every use is computed so is stored in that form only.
 
-Time is estimated for the sizes of the sample, in cycles of one core with 16 lanes (the ratios hold for 8 as well). The
-numbers were measured on Zen 4; they only have to rank what differs by a factor of two.
+Time is estimated for the sizes of the sample, in cycles of one core with 16 multiply-adds a cycle, which both base
+instruction sets have (``machine.py``). The choice is one for all targets, as they share the weights. What counts
+besides arithmetic is reading weights, which a model of many layers has in memory at every call: few tiles make little
+use of them, each block of tiles reads all of them again, and all of that is only partly hidden. The numbers agree with
+measurements on Zen 4 (AVX-512) and Zen 3 (AVX2) within a fifth.
 """
 
 from __future__ import annotations
@@ -32,12 +35,14 @@ from ..storage import ConstantTable, Storage, is_constant, recipe_of
 from ..symbols import SymbolTable
 from ..values import LANES, dtype_name
 from . import packing, winograd
+from .machine import MACHINES
 from .winograd import META, Choice
 
 GROWTH = 1.3
 """How large the constants may be, in units of the model's weights."""
 WORTH = 0.9
 """The share of the direct kernel's time that must not be exceeded."""
+_LARGER = 0.95  # and of that of smaller tiles, which add fewer bytes
 
 _TRANSFORM_IN = {4: 250, 2: 90}  # cycles per tile and 16 channels
 _TRANSFORM_OUT = {4: 300, 2: 80}  # with what the epilogue loses by working on tiles
@@ -45,10 +50,11 @@ _PRODUCTS = 0.88  # of the multiply-add limit
 _ROWS = 3  # fewer tiles of a block take as long
 _DIRECT = 0.92
 _SECOND_CACHE = 1 << 18  # weights that stay there while a band of tiles is computed
-_STREAMED = 12  # bytes per cycle from the third cache to one core
-_MEMORY = 0.2  # cycles of one core per byte from memory, which several cores share
+_STREAMED = min(machine.l3_rate for machine in MACHINES)  # bytes per cycle from the third cache to one core
+_STREAMED_EXPOSED = 0.5  # share of that time which computing does not hide
+_MEMORY = 0.3  # cycles of one core per byte from memory, which several cores share
+_MEMORY_EXPOSED = 0.4
 _STEPS = 1000
-_EXPOSED = 0.4  # share of the time for reading weights that computing does not hide
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,14 @@ class _Weight:
         return sum(use.direct - use.cycles[tile] for use in self.uses if use.refusal is None) if tile else 0.0
 
     def worthwhile(self) -> list[int]:
-        """The tiles that are faster."""
+        """The tiles that are faster, the larger of them also than smaller ones."""
         uses = [use for use in self.uses if use.refusal is None]
-        direct = sum(use.direct for use in uses)
-        return [tile for tile in self.packed if sum(use.cycles[tile] for use in uses) < WORTH * direct]
+        found, limit = [], WORTH * sum(use.direct for use in uses)
+        for tile in sorted(self.packed):
+            if (cycles := sum(use.cycles[tile] for use in uses)) < limit:
+                found.append(tile)
+                limit = _LARGER * cycles
+        return found
 
 
 def select_winograd(programs: Sequence[Program]) -> list[Decision]:
@@ -273,7 +283,8 @@ def winograd_cycles(g: Geometry, choice: Choice, n: int, oh: int, ow: int) -> fl
     rows = max(tiles, _ROWS * min(blocks, tiles))
     products = rows * choice.points * g.channels * vectors / _PRODUCTS
     if weights > _SECOND_CACHE:  # every block streams all of them
-        products = max(products, blocks * weights / _STREAMED)
+        streaming = blocks * weights / _STREAMED
+        products = max(products + _STREAMED_EXPOSED * streaming, streaming)
     transforms = _TRANSFORM_IN[choice.tile] * choice.groups * -(-g.channels // LANES)
     transforms += _TRANSFORM_OUT[choice.tile] * vectors
     return _with_memory(products + tiles * transforms, weights)
@@ -281,7 +292,7 @@ def winograd_cycles(g: Geometry, choice: Choice, n: int, oh: int, ow: int) -> fl
 
 def _with_memory(cycles: float, weights: int) -> float:
     """Cycles with reading ``weights`` bytes from memory, most of which happens meanwhile."""
-    return max(cycles + _EXPOSED * _MEMORY * weights, _MEMORY * weights)
+    return max(cycles + _MEMORY_EXPOSED * _MEMORY * weights, _MEMORY * weights)
 
 
 def _panels(g: Geometry) -> int:

@@ -157,10 +157,12 @@ BLOCKED = {
     "padding wider than the image": (Case(16, 16, (7, 7), padding=(6, 6)), [(1, (2, 1))]),
     "groups": (Case(64, 128, padding=(1, 1), groups=2), [(2, (6, 5))]),
     "deep": (Case(256, 32, padding=(1, 1)), [(1, (5, 5))]),
+    "chunks, the last one odd": (Case(130, 33, padding=(1, 1)), [(1, (8, 7)), (1, (13, 11))]),
+    "chunks, pointwise": (Case(1030, 40, (1, 1)), [(2, (7, 7)), (1, (1, 1))]),
 }
 
 
-@pytest.mark.sanitize("5x2", "groups")
+@pytest.mark.sanitize("5x2", "groups", "chunks, the")
 @BOTH
 @pytest.mark.parametrize("key", BLOCKED)
 def test_blocked(native, new_array, key, target):

@@ -5,12 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from tilewright.codegen.c.winograd_selection import GROWTH, select_winograd, show
+from tilewright.codegen.c.winograd_selection import GROWTH, _weights, select_winograd, show
 from tilewright.codegen.generate import generate
 from tilewright.codegen.roles import fusion_roles
 from tilewright.compiler.capture import capture
 from tilewright.passes.manager import PassManager
 from tilewright.passes.pipeline import pipeline
+from tilewright.runtime.cpu import features
+
+NEEDS_AVX512 = pytest.mark.skipif("avx512vl" not in features(), reason="this processor lacks AVX-512")
 
 
 class Net(nn.Module):
@@ -69,6 +72,23 @@ def test_a_small_image_is_no_gain():
     assert reasons(decisions)["first"] == "the direct kernel is as fast at the sample's sizes"
 
 
+@pytest.mark.parametrize(
+    ("channels", "size", "fastest"), [(64, 56, 4), (128, 28, 4), (256, 14, 2), (512, 7, 0)], ids=str
+)
+def test_few_tiles_make_too_little_use_of_many_weights(channels, size, fastest):
+    """The 3x3 layers of a ResNet for one image of 224 x 224: the last ones read 16 MiB for 16 tiles."""
+    layers = nn.Sequential(*(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)))
+    weights = _weights(programs(layers, torch.randn(1, channels, size, size)))
+    tiles = [weight.worthwhile() for weight in weights.values() if weight.uses and not weight.shared]
+    assert tiles and all(found[-1:] == [fastest][: bool(fastest)] for found in tiles)
+
+
+def test_more_images_make_more_use_of_the_same_weights():
+    image = torch.randn(8, 512, 7, 7)
+    weights = _weights(programs(nn.Sequential(*(nn.Conv2d(512, 512, 3, padding=1) for _ in range(2))), image))
+    assert any(weight.worthwhile() for weight in weights.values() if weight.uses)
+
+
 @pytest.mark.parametrize("rows", [4, 9000])
 def test_constants_stay_within_the_bound(rows):
     net = Net()
@@ -91,7 +111,7 @@ def test_entry_points_share_one_transformed_weight():
     assert sum(".winograd4" in item.key for item in generated.constants) == 2
 
 
-@pytest.mark.parametrize("target", ["cpu:x86-64-v3", "cpu:x86-64-v4"])
+@pytest.mark.parametrize("target", ["cpu:x86-64-v3", pytest.param("cpu:x86-64-v4", marks=NEEDS_AVX512)])
 def test_a_model_whose_sizes_vary(compiled, target):
     torch.manual_seed(0)
     net = Net().eval()

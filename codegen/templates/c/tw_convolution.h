@@ -80,7 +80,15 @@ typedef struct {
     int64_t blocks, last;   /* channel blocks, and words of each pixel in the last one */
     int64_t kh, kw;         /* taps, at most 64 each way */
     int64_t step_h, step_w; /* between taps */
+    const char *ahead;      /* the weights that this tile fetches for what comes next */
+    int64_t share, lines;   /* bytes of them for each pixel; lines of 64 bytes in each step of a tile */
 } tw_kernel_window;
+
+/* Spread the fetching of the next `bytes` of weights over the tiles of `pixels`, unless work on so few hides nothing. */
+static inline void tw_fetch_ahead(tw_kernel_window *w, int64_t bytes, int64_t pixels) {
+    w->share = pixels < TW_MR ? 0 : bytes / pixels;
+    w->lines = tw_ceildiv(TW_MR / 2 * w->share, 64 * w->blocks * w->kh * w->kw);
+}
 
 /* Where the taps of each pixel start, and which rows and columns of taps lie inside the image. */
 typedef struct {
@@ -110,6 +118,8 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
         TW_SWITCH_ROWS(NAME##_narrow_, rows, b, sums, 0, __VA_ARGS__) \
     }
 #define TW_UNROLLED
+#define TW_AHEAD_POINTER
+#define TW_AHEAD
 #else
 #define TW_FOR_EACH_WIDTH(DEFINE, KIND) TW_FOR_EACH_WIDTH_##KIND(DEFINE##_##KIND)
 #define TW_FOR_EACH_WIDTH_bf16(DEFINE) TW_FOR_EACH_ROWS(DEFINE)
@@ -123,7 +133,7 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
     }
 #define TW_CALL_PANEL_f32(NAME, rows, columns, b, sums, ...) \
     if ((columns) > 16) { \
-        const int64_t half = (rows + 1) / 2; \
+        const int64_t half = (rows) > TW_MR / 2 ? (rows + 1) / 2 : rows; \
         TW_SWITCH_HALF(NAME##_wide_, half, b, sums, 0, __VA_ARGS__) \
         TW_SWITCH_HALF(NAME##_wide_, rows - half, b, sums + half * TW_PANEL, half, __VA_ARGS__) \
     } else { \
@@ -135,6 +145,14 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
     }
 /* Leaving a loop of 16 short steps costs as much as several of them. */
 #define TW_UNROLLED _Pragma("GCC unroll 16")
+/* Weights come from memory while those before them are worked with: few lines at a time, into the second cache. */
+#define TW_AHEAD_POINTER \
+    const int64_t lines = w->lines; \
+    const char *ahead = w->ahead + row * w->share;
+#define TW_AHEAD \
+    for (int64_t line = 0; line < lines; line++, ahead += 64) { \
+        __builtin_prefetch(ahead, 0, 2); \
+    }
 #endif
 
 /* b += the steps of one block of channels, whose length is known but in the last block. */
@@ -151,15 +169,19 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
 #define TW_TAP_BORDER(r) a##r = rows[r] >> i & columns[r] >> j & 1 ? at + offset[r] : w->zeros;
 #define TW_DEFINE_CONVOLVE(KIND, WIDTH, ROWS) \
     static __attribute__((unused, noinline)) void tw_convolve_##KIND##WIDTH##_##ROWS( \
-        const TW_WORD_##KIND *b, float *sums, int64_t row, const tw_kernel_window *w, const tw_pixel_tile *tile) { \
+        const TW_WORD_##KIND *b, float *sums, int64_t row, const tw_kernel_window *w, const tw_pixel_tile *tile, \
+        int resume) { \
         const int64_t *const offset = tile->offset + row; \
         const uint64_t *const rows = tile->rows + row, *const columns = tile->columns + row; \
         typedef TW_WORD_##KIND word; \
+        TW_AHEAD_POINTER \
         TW_REPEAT_##ROWS(TW_ZERO_##KIND##WIDTH) \
+        if (resume) { TW_REPEAT_##ROWS(TW_RESUME_##KIND##WIDTH) } \
         for (int64_t block = 0; block < w->blocks; block++) { \
             const int64_t depth = block + 1 < w->blocks ? TW_BLOCK_##KIND : w->last; \
             for (int64_t i = 0; i < w->kh; i++) { \
                 for (int64_t j = 0; j < w->kw; j++) { \
+                    TW_AHEAD \
                     const word *const at = (const word *)w->image + (block * w->plane + i * w->step_h + j * w->step_w); \
                     TW_REPEAT_##ROWS(TW_TAP_POINTER) \
                     if (tile->inside) { \
@@ -178,13 +200,17 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
 #define TW_POINTWISE_POINTER(r) const word *const a##r = a + r * apart;
 #define TW_DEFINE_POINTWISE(KIND, WIDTH, ROWS) \
     static __attribute__((unused, noinline)) void tw_pointwise_##KIND##WIDTH##_##ROWS( \
-        const TW_WORD_##KIND *b, float *sums, int64_t row, const tw_kernel_window *w, int64_t first) { \
+        const TW_WORD_##KIND *b, float *sums, int64_t row, const tw_kernel_window *w, int64_t first, \
+        int resume) { \
         typedef TW_WORD_##KIND word; \
         enum { apart = TW_BLOCK_##KIND }; \
+        TW_AHEAD_POINTER \
         const word *a = (const word *)w->image + (first + row) * apart; \
         TW_REPEAT_##ROWS(TW_ZERO_##KIND##WIDTH) \
+        if (resume) { TW_REPEAT_##ROWS(TW_RESUME_##KIND##WIDTH) } \
         for (int64_t block = 0; block < w->blocks; block++, a += w->plane) { \
             const int64_t depth = block + 1 < w->blocks ? apart : w->last; \
+            TW_AHEAD \
             TW_REPEAT_##ROWS(TW_POINTWISE_POINTER) \
             TW_STEPS_OF_BLOCK(KIND, WIDTH, ROWS) \
         } \
@@ -225,14 +251,14 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
 #define TW_DEFINE_SLIDE_bf16(ROWS) TW_DEFINE_SLIDE(bf16, , ROWS)
 #define TW_DEFINE_SLIDE_bf16_narrow(ROWS) TW_DEFINE_SLIDE(bf16, _narrow, ROWS)
 
-/* sums[pixels][32] = the convolution of the pixels of a tile with one packed panel, of which at least the first
- * `columns` are computed. */
+/* sums[pixels][32] (+)= the convolution of the pixels of a tile with one packed panel, of which at least the first
+ * `columns` are computed; resume: continue what is there. */
 #define TW_CONVOLVE(KIND) \
     TW_FOR_EACH_WIDTH(TW_DEFINE_CONVOLVE, KIND) \
     static inline void tw_convolve_##KIND( \
         int64_t pixels, int64_t columns, const tw_kernel_window *w, const tw_pixel_tile *tile, \
-        const TW_WORD_##KIND *b, float *sums) { \
-        TW_CALL_PANEL(KIND, tw_convolve_##KIND, pixels, columns, b, sums, w, tile) \
+        const TW_WORD_##KIND *b, float *sums, int resume) { \
+        TW_CALL_PANEL(KIND, tw_convolve_##KIND, pixels, columns, b, sums, w, tile, resume) \
     }
 
 /* The same for a kernel of one tap and stride 1; first is the first pixel of the tile. */
@@ -240,8 +266,8 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
     TW_FOR_EACH_WIDTH(TW_DEFINE_POINTWISE, KIND) \
     static inline void tw_pointwise_##KIND( \
         int64_t pixels, int64_t columns, const tw_kernel_window *w, int64_t first, const TW_WORD_##KIND *b, \
-        float *sums) { \
-        TW_CALL_PANEL(KIND, tw_pointwise_##KIND, pixels, columns, b, sums, w, first) \
+        float *sums, int resume) { \
+        TW_CALL_PANEL(KIND, tw_pointwise_##KIND, pixels, columns, b, sums, w, first, resume) \
     }
 
 /* sums[pixels][32] (+)= windows that slide along rows. */

@@ -124,11 +124,15 @@ TW_POINTWISE(f32)
 static inline void tw_winograd_product(
     int64_t rows, int64_t columns, const float *a, int64_t plane, int64_t blocks, int64_t last, const float *b,
     float *sums) {
-    const tw_kernel_window window = {.image = a, .plane = plane, .blocks = blocks, .last = last};
-    const int64_t tiles = tw_ceildiv(rows, TW_MR);
+    enum { MOST = TW_LANES * 2 < TW_PANEL ? TW_MR / 2 : TW_MR }; /* of 32 columns */
+    tw_kernel_window window = {.image = a, .plane = plane, .blocks = blocks, .last = last, .kh = 1, .kw = 1};
+    const float *const next_point = b + ((blocks - 1) * 16 + last) * TW_PANEL;
+    const int64_t tiles = tw_ceildiv(rows, columns > 16 ? MOST : TW_MR);
+    tw_fetch_ahead(&window, (next_point - b) * 4, rows);
     for (int64_t t = 0, row = 0; t < tiles; t++) {
         const int64_t next = rows * (t + 1) / tiles;
-        tw_pointwise_f32(next - row, columns, &window, row, b, sums + row * TW_PANEL);
+        window.ahead = (const char *)next_point + row * window.share;
+        tw_pointwise_f32(next - row, columns, &window, row, b, sums + row * TW_PANEL, 0);
         row = next;
     }
 }

@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,12 +134,14 @@ class Bench:
         turns: dict[tuple[str, str], list[dict[str, Any]]] = {}
         rates: dict[str, list[dict[str, float]]] = {}
         kernels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        scratch = tempfile.TemporaryDirectory()  # for the limits' loops
         decoding = [workload.size for workload in workloads if workload.kind == "decode"]
         try:
             for name in (LIMITS, *built):
                 say(f"loading {name}")
                 workers[name] = worker = Process("benchmarks.llm_worker", self.environment())
-                request = {"contender": name, "folder": str(self.folder), "threads": self.threads}
+                folder = scratch.name if name == LIMITS else str(self.folder)
+                request = {"contender": name, "folder": folder, "threads": self.threads}
                 if name != LIMITS:
                     request |= {"model": self.model, "sequences": max(decoding, default=1)}
                 answer = worker.ask({"load": request}, LOAD_LIMIT)
@@ -168,6 +171,7 @@ class Bench:
         finally:
             for worker in workers.values():
                 worker.close()
+            scratch.cleanup()
         limits = found.pop(LIMITS)
         if "error" in limits:
             raise Failed(f"the processor's limits cannot be measured: {limits['error']}")

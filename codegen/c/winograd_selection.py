@@ -110,7 +110,8 @@ class _Weight:
     def worthwhile(self) -> list[int]:
         """The tiles that are faster, the larger of them also than smaller ones."""
         uses = [use for use in self.uses if use.refusal is None]
-        found, limit = [], WORTH * sum(use.direct for use in uses)
+        found: list[int] = []
+        limit = WORTH * sum(use.direct for use in uses)
         for tile in sorted(self.packed):
             if (cycles := sum(use.cycles[tile] for use in uses)) < limit:
                 found.append(tile)

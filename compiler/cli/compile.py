@@ -40,6 +40,7 @@ Examples:
   tilewright compile resnet50 -o resnet50.tw --target cpu:x86-64-v3,cpu:x86-64-v4
   tilewright compile vit_b16 -o vit.tw --target cuda:sm_90,cpu --precision bf16
   tilewright compile path/to/minilm -o minilm.tw --tune
+  tilewright compile path/to/qwen3 -o qwen3.tw --context 8192 --cache bf16
   tilewright compile net.onnx -o net.tw --shape "image=1,3,224,224" --inputs sample.npz
   tilewright compile file.py:build --check
   tilewright compile resnet50 -o r.tw --dump-dir passes --verify passes

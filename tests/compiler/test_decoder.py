@@ -65,6 +65,7 @@ def checkpoint(tmp_path_factory):
                 for parameter in model.parameters():
                     parameter += 0.1 * torch.randn_like(parameter) if parameter.ndim == 1 else 0.0
             model.save_pretrained(root / name, max_shard_size="60KB" if name == "qwen2" else "1GB")
+            (root / name / "tokenizer.json").write_text('{"of": "nobody"}')
             made[name] = root / name, model
         return made[name]
 
@@ -196,7 +197,10 @@ def test_artifacts_give_what_transformers_gives(checkpoint, name, tmp_path):
     done = tilewright.compile(folder, output=tmp_path / "m.tw", task=tilewright.Task(chunk=64, sequences=4))
     assert len(done.errors) == 3, "verified at the sample's, the smallest and larger sizes"
     with tilewright.load(tmp_path / "m.tw", threads=1) as model:
-        assert model.artifact.manifest.info["generation"]["max_sequences"] == 4
+        manifest = model.artifact.manifest
+        assert manifest.info["generation"]["max_sequences"] == 4 and manifest.info["generation"]["entry"] == "step"
+        assert "tokenizer.json" in [record.path for record in manifest.files]
+        assert (tmp_path / "m.tw" / "tokenizer.json").read_text() == '{"of": "nobody"}'
         check_steps(partial(Compiled, model), reference)
         check_greedy(partial(Compiled, model), reference)
 

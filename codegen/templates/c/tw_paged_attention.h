@@ -22,11 +22,11 @@ static inline tw_vec tw_load_half(const uint16_t *p) {
  * a[r * stride + k] times row k % per of blocks[k / per], rows `step` apart, columns from `at`.
  *
  * While it reads a part of a block it fetches a share, number `part` of `parts`, of as large a part of another one,
- * soon[k / per]: in the order of addresses, as memory likes it best, not in that of the columns. Forms differ in their
- * columns: TW_LANES (narrow), two times and four times as many (wide). */
+ * soon[k / per], into the second cache: in the order of addresses, as memory likes it best, not in that of the columns.
+ * Forms differ in their columns: TW_LANES (narrow), two times and four times as many (wide). */
 #define TW_FETCH(columns) \
     for (int64_t line = 0; line < (int64_t)((columns) * sizeof *b); line += 64) { \
-        __builtin_prefetch((const char *)next + line, 0, 3); \
+        __builtin_prefetch((const char *)next + line, 0, 2); \
     } \
     next += pace;
 #define TW_PAGED_narrow(LOAD, ROWS) \

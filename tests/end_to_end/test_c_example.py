@@ -46,6 +46,11 @@ class Everything(nn.Module):
         """The second entry point."""
         return self.first(x)
 
+    def gather(self, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The third: over a state whose size is chosen."""
+        kept = kept + x.sum(0)
+        return x + kept[-1:], kept
+
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory) -> Path:
@@ -57,7 +62,11 @@ def everything(tmp_path_factory) -> Path:
     entries = {
         "main": Entry("forward", args, dynamic_shapes=shapes),
         "encode": Entry("encode", args[:1], dynamic_shapes={"x": "batch:1..32,6"}),
-    }
+        "gather": Entry(
+            "gather", (args[0], torch.zeros(4, 6)), states=("kept",),
+            dynamic_shapes={"x": "count+1:1..8,6", "kept": "slots:2..1000,6"},
+        ),
+    }  # fmt: skip
     tilewright.compile(initialize(Everything(), 0), output=path, entries=entries, verify="off")
     return path
 
@@ -133,6 +142,16 @@ def test_digits(digits, program, tmp_path, threads):
     assert first == f"{name}: float32[37, 10]"
     for line, row in zip(rows, expected, strict=False):
         assert line.split()[-3:] == [f"[{row.argmax()}]", "=", f"{row.max():.9g}"]
+
+
+def test_states_whose_size_varies(everything, program, tmp_path):
+    x = np.random.default_rng(0).random((4, 6), dtype=np.float32)
+    given = ("-e", "gather", "-o", tmp_path, library_of(everything), everything / "weights.safetensors")
+    done = call(program, *given, "count=3", "slots=900", *store(tmp_path, x=x))
+    assert (done.returncode, done.stderr) == (0, "")
+    with tilewright.load(everything, threads=2, entry="gather") as model:
+        assert (tmp_path / "output.bin").read_bytes() == model.session({"slots": 900})(x).tobytes()
+    assert refusal(program, *given, "slots=1001") == ["slots must be 2 to 1000"]
 
 
 @pytest.mark.parametrize(("batch", "blocks"), [(1, 1), (2, 3), (31, 80)])

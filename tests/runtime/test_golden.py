@@ -13,12 +13,12 @@ import pytest
 import tilewright
 from tilewright.runtime import binaries, cpu
 from tilewright.runtime.artifact import read_artifact, verify_integrity
-from tilewright.runtime.errors import ShapeError
+from tilewright.runtime.errors import InputError, ShapeError
 from tilewright.runtime.plan import FORMAT_VERSION, to_json
 from tilewright.runtime.sizes import Op
 
 GOLDEN = Path(__file__).parent / "golden"
-FORMATS = (1, 2)
+FORMATS = (1, 2, 3)
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -66,10 +66,10 @@ def assert_kept(stored, read, path):
 
 def test_every_field_is_read(artifact, folder):
     assert f"format{artifact.manifest.format}" == folder.name
-    assert artifact.manifest.format <= FORMAT_VERSION
+    assert artifact.manifest.format <= FORMAT_VERSION == FORMATS[-1]
     assert list(artifact.devices) == ["cpu", "cuda"][: artifact.manifest.format]
     for device, plans in artifact.devices.items():
-        assert list(plans) == ["main", "encode"]
+        assert list(plans) == ["main", "encode", "append"][: 2 if artifact.manifest.format < 3 else 3]
         for name, plan in plans.items():
             file = name if device == "cpu" else f"{name}.{device}"
             stored = json.loads((folder / "plan" / f"{file}.json").read_text())
@@ -85,8 +85,9 @@ def test_every_field_is_read(artifact, folder):
     verify_integrity(folder)
 
 
-def test_gpu_plans_and_binaries_are_read():
-    artifact = read_artifact(GOLDEN / "format2")
+@pytest.mark.parametrize("number", FORMATS[1:])
+def test_gpu_plans_and_binaries_are_read(number):
+    artifact = read_artifact(GOLDEN / f"format{number}")
     plan = artifact.devices["cuda"]["main"]
     target = artifact.manifest.targets[1]
     table = binaries.parse(artifact.content(target.library), target.library)
@@ -133,6 +134,33 @@ def test_gpu_plans_are_launched(machine, fake_cuda, monkeypatch):
         count = len(step.variants[0].operands)
         assert (direct.arguments, direct.grid, direct.threads) == (replayed.arguments, replayed.grid, replayed.threads)
         assert all(address and address % 4 == 0 for address in direct.arguments[:count])
+
+
+def test_states_of_a_chosen_size(device_of_format3):
+    with np.load(GOLDEN / "format3.npz") as stored:
+        arrays = dict(stored)
+    inputs = {name: arrays[name] for name in ("rows", "positions", "starts", "table")}
+    with tilewright.load(GOLDEN / "format3", device=device_of_format3, entry="append") as model:
+        np.testing.assert_allclose(model(**inputs), arrays["sums"], rtol=1e-5)
+        assert model.state_bytes({"blocks": 7}) == 7 * 32 * 4 * 4 + 64  # "total" is a state too
+        session = model.session({"blocks": 7})
+        assert model.state_bytes() < model.state_bytes(session.sizes)
+        np.testing.assert_allclose(session(**inputs), arrays["sums"], rtol=1e-5)
+        moved = inputs | {"table": np.array([[6], [5]], np.int32)}
+        np.testing.assert_allclose(session(**moved), 2 * arrays["sums"], rtol=1e-5)
+        with pytest.raises(InputError, match="out of range"):
+            session(**inputs | {"table": np.array([[7], [5]], np.int32)})
+        with pytest.raises(ShapeError, match="'starts', axis 0: expected 3, got 2"):
+            session(**inputs | {"starts": inputs["starts"][1:]})
+
+
+@pytest.fixture(params=["cpu", "interpreter"])
+def device_of_format3(request):
+    if request.param == "interpreter":
+        pytest.importorskip("triton")
+    elif not cpu.features().issuperset(read_artifact(GOLDEN / "format3").manifest.targets[0].features):
+        pytest.skip("this processor does not run the artifact's code")
+    return request.param
 
 
 def check(model, arrays):

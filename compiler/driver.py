@@ -25,6 +25,7 @@ from ..codegen.memory import measure
 from ..codegen.roles import fusion_roles
 from ..codegen.triton.pool import find_triton
 from ..passes.graph.program import Program
+from ..passes.graph.quantization import Ledger
 from ..passes.manager import PassManager, PassRecord
 from ..passes.pipeline import pipeline
 from ..runtime.cpu import features
@@ -34,6 +35,7 @@ from .frontends import Loaded
 from .mapped import release
 from .options import CompileOptions, Entry, Task
 from .precision import applied, cache_type, precision_on
+from .quantization import Watch, describe, deviation
 from .samples import sample_sizes
 from .sources import load_source, open_source
 from .support import Unsupported, find_unsupported, require_supported
@@ -80,6 +82,7 @@ def compile(  # noqa: A001 - the verb that users know
     entries: Mapping[str, Entry] | None = None,
     precision: str = "auto",
     quantize: str | None = None,
+    activations: str = "auto",
     verify: str = "final",
     dump_dir: str | Path | None = None,
     disable_passes: Iterable[str] = (),
@@ -103,7 +106,9 @@ def compile(  # noqa: A001 - the verb that users know
         dynamic_shapes: which sizes vary (``compiler/shapes.py``).
         entries: several entry points over one set of weights and state.
         precision: ``"auto"``, ``"fp32"``, ``"bf16"``, and for GPUs ``"tf32"`` or ``"fp16"`` (``compiler/options.py``).
-        quantize: a quantization recipe (none is supported yet).
+        quantize: how weights are stored: ``"int8"``, ``"int4-g32"``, ``"int4-g64"``, ``"int4-g128"``, or a JSON file
+            (``passes/graph/quantization.py``).
+        activations: what products with quantized weights are computed with: ``"auto"``, ``"int8"`` or ``"float"``.
         verify: ``"final"`` compares the outputs with eager PyTorch, ``"passes"`` every intermediate graph too,
             ``"off"`` nothing.
         dump_dir: where to write what every pass did.
@@ -125,6 +130,7 @@ def compile(  # noqa: A001 - the verb that users know
         target=tuple(target.split(",") if isinstance(target, str) else target),
         precision=precision,
         quantize=quantize,
+        activations=activations,
         verify=verify,  # type: ignore[arg-type]
         dump_dir=Path(dump_dir) if dump_dir is not None else None,
         disable_passes=frozenset(disable_passes),
@@ -146,6 +152,9 @@ class Compilation:
         self.copies: dict[str, Path] = {}  # path in the artifact -> file that comes there, likewise
         self.mapped: tuple[Path, ...] = ()  # files that the source's weights are mapped from, likewise
         self.precision: dict[str, str] = {}  # by kind of device, once the source has been captured
+        self.ledger = Ledger()
+        self.watch = Watch(keep=options.verify != "off")
+        self.quantized: dict[str, list[Program]] = {}  # by kind of device: programs where their weights are quantized
         self._progress = progress or (lambda phase, detail: None)
 
     @cached_property
@@ -226,13 +235,21 @@ class Compilation:
                     if folder is not None:
                         folder = folder / device if len(devices) > 1 else folder
                         folder = folder / program.name if len(captured) > 1 else folder
+                    recipe, precision = self.options.recipe(device), self.precision[device]
                     manager = PassManager(
-                        pipeline(fusion_roles(device), device, self.precision[device]), dump_dir=folder,
+                        pipeline(fusion_roles(device), device, precision, recipe, self.ledger), dump_dir=folder,
                         verify=self.options.verify == "passes", disabled=self.options.disable_passes,
-                        stop_after=self.options.stop_after, precision=self.precision[device], progress=detail,
+                        stop_after=self.options.stop_after, precision=precision, progress=detail,
+                        after_approximate=lambda one, device=device: self._keep(one, device),
                     )  # fmt: skip
                     records[plan_name(program.name, device)] = manager.run(program)
+                self.watch.follow(programs[device])
         return programs, records
+
+    def _keep(self, program: Program, device: str) -> None:
+        """Keep what later passes and kernels are verified against where weights are quantized."""
+        if self.options.verify != "off":
+            self.quantized.setdefault(device, []).append(reference_of(program))
 
     def check(self, programs: Rewritten) -> list[Unsupported]:
         """What of rewritten programs cannot be compiled; lowers them to find what operators alone do not tell."""
@@ -261,11 +278,24 @@ class Compilation:
         self, path: Path, references: Sequence[Program], lowered: Rewritten, errors: list[OutputError]
     ) -> dict[str, Any]:
         """Verify the finished artifact; how that was done goes into its manifest where a GPU may not have been here."""
-        if not references:
-            return {}
-        here = {device: not why_not_here(path, device) for device in lowered}
-        errors += self.verify(path, references, lowered, here)
-        return {"verification": {"cuda": {"device_run": here["cuda"]}}} if "cuda" in lowered else {}
+        found: dict[str, Any] = {}
+        if references:
+            here = {device: not why_not_here(path, device) for device in lowered}
+            errors += self.verify(path, references, lowered, here)
+            if "cuda" in lowered:
+                found["verification"] = {"cuda": {"device_run": here["cuda"]}}
+        recipe = self.options.recipe(next(iter(lowered)))
+        if recipe is not None:
+            found["quantization"] = {
+                "asked": recipe.text, "activations": self.options.activations,
+                "layers": describe([self.ledger], self.watch.errors), "deviation": self._deviations(references),
+            }  # fmt: skip
+        return found
+
+    def _deviations(self, references: Sequence[Program]) -> dict[str, dict[str, float]]:
+        """How far quantization moves the outputs of each entry point, apart from what kernels add."""
+        quantized = next(iter(self.quantized.values()), [])
+        return {one.name: deviation(one, other) for one, other in zip(references, quantized, strict=False)}
 
     def verify(
         self, path: Path, references: Sequence[Program], lowered: Rewritten, here: Mapping[str, bool]
@@ -285,7 +315,9 @@ class Compilation:
         errors: list[OutputError] = []
         with self._phase("verify") as detail:
             for device, programs in lowered.items():
-                for reference, program in zip(references, programs, strict=True):
+                # What is quantized is compared with what quantization left, at the tolerances of everything else.
+                expected = [self.watch.settled(one) for one in self.quantized.get(device, [])] or references
+                for reference, program in zip(expected, programs, strict=True):
                     detail(plan_name(reference.name, device))
                     if here[device]:
                         errors += self._verify_on(path, device, reference, program)

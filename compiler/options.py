@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ..passes.graph.quantization import Recipe, read_recipe
 from ..runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ class CompileOptions:
     Attributes:
         target: targets the artifact holds code for, most specific names as ``doctor`` lists them.
         precision: one of :data:`PRECISIONS`.
-        quantize: a quantization recipe's name, or None.
+        quantize: how weights are quantized, a name or a recipe file (``passes/graph/quantization.py``), or None.
+        activations: what products with quantized weights are computed with: ``"auto"``, ``"int8"`` or ``"float"``.
         verify: ``"off"``, ``"final"`` (outputs against eager PyTorch) or ``"passes"`` (every intermediate graph too).
         dump_dir: where to write each pass's graphs, diff and report, or None.
         disable_passes: exact names of passes to leave out.
@@ -123,6 +125,7 @@ class CompileOptions:
     target: tuple[str, ...] = ("cpu",)
     precision: str = "auto"
     quantize: str | None = None
+    activations: str = "auto"
     verify: Verify = "final"
     dump_dir: Path | None = None
     disable_passes: frozenset[str] = field(default_factory=frozenset)
@@ -144,7 +147,19 @@ class CompileOptions:
         if self.precision not in PRECISIONS:
             raise UsageError(f"unknown precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
         if self.quantize is not None:
-            raise UsageError(f"quantization ({self.quantize!r}) is not supported yet; compile without --quantize")
+            read_recipe(self.quantize, self.activations)
+        elif self.activations != "auto":
+            raise UsageError("activations are quantized only where weights are: add --quantize, or leave them out")
+
+    def recipe(self, device: str) -> Recipe | None:
+        """Which weights are quantized for a kind of device, and how; None where none is.
+
+        ``auto`` activations stay floating point on a GPU, whose kernels multiply such.
+        """
+        if self.quantize is None:
+            return None
+        automatic = "float" if device == "cuda" else "int8"
+        return read_recipe(self.quantize, automatic if self.activations == "auto" else self.activations)
 
     @property
     def products(self) -> str:

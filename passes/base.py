@@ -46,7 +46,12 @@ class Report:
 
 
 class Pass(ABC):
-    """One rewrite. Instances are cheap; options come through the constructor."""
+    """One rewrite. Instances are cheap; options come through the constructor.
+
+    ``approximate`` passes change numbers on purpose; later ones are verified against what they leave.
+    """
+
+    approximate = False
 
     @property
     def name(self) -> str:

@@ -20,6 +20,7 @@ from torch import fx
 from .base import Pass, Report
 from .graph.edit import insert_constant
 from .graph.program import Program
+from .graph.quantized_ops import QUANTIZE_WEIGHT
 from .graph.query import SMALL, is_foldable, remove_unused, size_in_bytes, tensor_of
 from .graph.regions import Region, body, is_region, outline
 
@@ -46,7 +47,7 @@ class FoldConstants(Pass):
         for node in list(program.graph.nodes):
             if node.op == "get_attr":
                 values[node] = tensor_of(node)
-            if node.op != "call_function" or node not in constants or size_in_bytes(node) > SMALL:
+            if node.op != "call_function" or node not in constants or not _is_small(node):
                 continue
             if any(operand not in values for operand in node.all_input_nodes):
                 continue
@@ -96,7 +97,12 @@ def _constants(graph: fx.Graph) -> dict[fx.Node, int]:
 
 def _folds(user: fx.Node, constants: dict[fx.Node, int]) -> bool:
     """Whether a user is itself computed here, so that it needs no constant to read."""
-    return user in constants and user.op == "call_function" and size_in_bytes(user) <= SMALL
+    return user in constants and user.op == "call_function" and _is_small(user)
+
+
+def _is_small(node: fx.Node) -> bool:
+    """Whether a value is computed here. Weights are quantized when the artifact is written, where errors are noted."""
+    return size_in_bytes(node) <= SMALL and node.target is not QUANTIZE_WEIGHT
 
 
 def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:

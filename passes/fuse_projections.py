@@ -4,7 +4,8 @@ Before:  linear(x, w1, b1), linear(x, w2, b2), ...
 After:   y = linear(x, cat([w1, w2, ...]), cat([b1, b2, ...]));  slices of y's last axis
 
 A missing bias becomes zeros where another has one. The concatenations have constant operands, so a later pass makes
-constants of them. All projections depend on ``x`` and constants only, never on each other, so no cycle can arise. Their
+constants of them. Projections whose weights are to be quantized are joined where they are quantized alike. All
+projections depend on ``x`` and constants only, never on each other, so no cycle can arise. Their
 order is that of the graph.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import fx
 
+from .annotate_quantization import LAYERS, SPEC
 from .base import Pass, Report
 from .graph.edit import insert, tensor_shape
 from .graph.match import argument, aten, dtype_of, is_op, is_tensor, substitute, users_of, without_copies
@@ -49,9 +51,9 @@ class FuseProjections(Pass):
         for node in calls(program.graph, _PRODUCTS):
             projection = _projection(node)
             if projection is not None:
-                key = (without_copies(projection.x), node.target)
+                key = (without_copies(projection.x), node.target, node.meta.get(SPEC))
                 groups.setdefault(key, []).append(projection)
-        for (x, _), group in groups.items():
+        for (x, *_), group in groups.items():
             if len(group) > 1:
                 _join(x, group, report)
 
@@ -138,6 +140,9 @@ def _fuse(members: list[Projection], report: Report) -> None:
     else:
         args = (x, weight) if bias is None else (x, weight, bias)
     product = insert(graph, first, first.target, args, origins=nodes)
+    if SPEC in first.meta:
+        product.meta[SPEC] = first.meta[SPEC]
+        product.meta[LAYERS] = tuple(layer for node in nodes for layer in node.meta[LAYERS])
     last, start = len(tensor_shape(product)) - 1, 0
     names = ", ".join(node.name for node in nodes)
     for member in members:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from .align_layouts import AlignLayouts
+from .annotate_quantization import AnnotateQuantization
 from .base import Pass
 from .canonicalize import Canonicalize
+from .convert_quantized import ConvertQuantized
 from .eliminate_common_subexpressions import EliminateCommonSubexpressions
 from .eliminate_dead_code import EliminateDeadCode
 from .fold_batch_norm import FoldBatchNorm
@@ -15,6 +17,7 @@ from .fold_scales import FoldScales
 from .fold_transposes import FoldTransposes
 from .fuse_operators import FuseOperators
 from .fuse_projections import FuseProjections
+from .graph.quantization import Ledger, Recipe
 from .graph.roles import Roles
 from .narrow_floats import NarrowFloats
 from .recognise_attention import RecogniseAttention
@@ -27,7 +30,13 @@ from .widen_floats import WidenFloats
 from .write_out_attention import WriteOutAttention
 
 
-def pipeline(roles: Roles, device: str = "cpu", precision: str = "auto") -> list[Pass]:
+def pipeline(
+    roles: Roles,
+    device: str = "cpu",
+    precision: str = "auto",
+    recipe: Recipe | None = None,
+    ledger: Ledger | None = None,
+) -> list[Pass]:
     """The passes from a captured program to one that lowering takes.
 
     Args:
@@ -35,6 +44,8 @@ def pipeline(roles: Roles, device: str = "cpu", precision: str = "auto") -> list
         device: the kind of device that the program is for, ``"cpu"`` or ``"cuda"``.
         precision: what to compute in (``--precision``), or ``"own"``: in the model's types. ``"auto"`` is that on a
             GPU, and float32 on a CPU.
+        recipe: which weights are quantized, and how.
+        ledger: gets what was done of the recipe.
     """
     wide = precision == "fp32" or (precision == "auto" and device == "cpu")
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
@@ -67,8 +78,12 @@ def pipeline(roles: Roles, device: str = "cpu", precision: str = "auto") -> list
         SplitTransposedConvolution(),
         # Permutations cancel once the norms between them are factors and terms.
         FoldTransposes(),
-        # Weights have their final values, and nothing after this looks at single projections.
+        # Weights have their final values. Each knows its name now; joined ones have several.
+        *([AnnotateQuantization(recipe, ledger)] if recipe is not None else []),
+        # Nothing after this looks at single projections.
         FuseProjections(),
+        # After joining, which keeps apart what is quantized differently.
+        *([ConvertQuantized(ledger)] if recipe is not None else []),
         # Recognising and joining leave views of views, and the same mask or slice once per layer.
         Canonicalize(),
         EliminateCommonSubexpressions(),

@@ -18,7 +18,8 @@ from ..runtime.errors import CompileError, NumericsError
 from .graph.edit import fake_mode, faking, same_size, value_of
 from .graph.printer import show_operator, show_type
 from .graph.program import Program
-from .graph.query import is_assertion
+from .graph.quantized_ops import QUANTIZED_LINEAR
+from .graph.query import arguments, is_assertion
 from .graph.regions import body, is_region
 
 # The one table of tolerances: the largest error of an output by its dtype. Integers and booleans must be equal.
@@ -115,8 +116,19 @@ def node_tolerances(program: Program, precision: str = "auto") -> dict[fx.Node, 
         if is_region(node):
             computed += [inner for inner in body(node).graph.nodes if inner.op == "call_function"]
         own = [max(TOLERANCES[dtype], least) for one in computed for dtype in _floats(one)]
+        own += [_rounded(one) for one in computed]
         coarsest[node] = max([*own, *(coarsest[operand] for operand in node.all_input_nodes)], default=0.0)
     return coarsest
+
+
+# Activations rounded to int8 on the fly: a unit in the last place of a float32 decides a rounding, by 1 of up to 127.
+ROUNDED_ACTIVATIONS = 1e-2
+
+
+def _rounded(node: fx.Node) -> float:
+    if node.target is not QUANTIZED_LINEAR or arguments(node)["activations"] < 0:
+        return 0.0
+    return ROUNDED_ACTIVATIONS
 
 
 def _floats(node: fx.Node) -> list[torch.dtype]:

@@ -78,7 +78,14 @@ compared with eager PyTorch at several sizes before the command succeeds (--veri
 )  # fmt: skip
 @click.option("--ptx", is_flag=True, help="Also store PTX, which GPUs newer than the targets can compile.")
 @click.option("--tune", is_flag=True, help="Measure ways of computing CPU kernels on this machine; keep the fastest.")
-@click.option("--quantize", metavar="RECIPE", help="Quantize the weights by a recipe (none is supported yet).")
+@click.option(
+    "--quantize", metavar="RECIPE",
+    help="Store weights as int8, int4-g32, int4-g64 or int4-g128 (-z: zero points), or by a JSON file of patterns.",
+)  # fmt: skip
+@click.option(
+    "--activations", default="auto", show_default=True, metavar="A",
+    help="With --quantize, what to multiply: int8, quantized on the fly, or float.",
+)  # fmt: skip
 @click.option("--dump-dir", metavar="D", help="Write the graphs before and after every pass, diffs and reasons.")
 @click.option(
     "--verify", type=click.Choice(["off", "final", "passes"]), default="final", show_default=True,
@@ -104,6 +111,7 @@ def compile_source(
     ptx: bool,
     tune: bool,
     quantize: str | None,
+    activations: str,
     dump_dir: str | None,
     verify: str,
     check: bool,
@@ -129,6 +137,7 @@ def compile_source(
             target=tuple(target.split(",")),
             precision=precision,
             quantize=quantize,
+            activations=activations,
             verify=verify,  # type: ignore[arg-type]
             dump_dir=Path(dump_dir) if dump_dir else None,
             disable_passes=frozenset(disabled),
@@ -213,8 +222,7 @@ def _report(done: Artifact, chosen: Any, as_json: bool) -> None:
             "errors": [{**vars(item), "ok": item.ok} for item in done.errors],
             "passes": _passes(done.passes), "not_applied": differs,
         }  # fmt: skip
-        if "tuned" in info:
-            found["tuned"] = info["tuned"]
+        found |= {name: info[name] for name in ("tuned", "quantization") if name in info}
         emit_json(found)
         return
     targets = ", ".join(target.name for target in opened.manifest.targets)
@@ -227,6 +235,8 @@ def _report(done: Artifact, chosen: Any, as_json: bool) -> None:
             at = f"{case['at']} ({show_sizes(case['sizes'])})" if case["sizes"] else "every call"
             amounts = f"{show_bytes(case['peak'])} (all buffers {show_bytes(case['total'])}"
             click.echo(f"scratch of {name}, {at}: {amounts}, lower bound {show_bytes(case['bound'])})")
+    if "quantization" in info:
+        _show_quantization(info["quantization"])
     _show_errors(done, chosen, info)
     if "tuned" in info:
         ways = [(item["chosen"], item["best"]) for item in info["tuned"]["measured"]]
@@ -265,10 +275,29 @@ def _show_errors(done: Artifact, chosen: Any, info: dict[str, Any]) -> None:
 
 def _not_applied(info: dict[str, Any], chosen: Any) -> list[str]:
     """What was asked for and is not in the artifact."""
+    found = []
     applied = info.get("precision", {}).get("applied")
     if chosen.precision not in ("auto", applied):
-        return [f"precision {chosen.precision}: the artifact computes in {applied}"]
-    return []
+        found.append(f"precision {chosen.precision}: the artifact computes in {applied}")
+    layers = info.get("quantization", {}).get("layers", ())
+    found += [f"{item['layer']} in {item['asked']}: {item['why']}" for item in layers if item["applied"] is None]
+    if chosen.quantize is not None and not any(item["applied"] for item in layers):
+        found.append(f"quantization {chosen.quantize}: no weight is stored in it")
+    return found
+
+
+def _show_quantization(quantization: dict[str, Any]) -> None:
+    done = [item for item in quantization["layers"] if item["applied"]]
+    if not done:
+        return
+    size, worst = sum(item["bytes"] for item in done), max(done, key=lambda item: item["error"] or 0.0)
+    click.echo(
+        f"quantized {len(done)} weights to {show_bytes(size)}; the largest relative error is {worst['error']:.1%}, of "
+        f"{worst['layer']} in {worst['applied']} ('tilewright inspect DIR quantization')"
+    )
+    for entry, outputs in quantization["deviation"].items():
+        for name, error in outputs.items():
+            click.echo(f"{entry}: quantization moves {name} by {error:.1e} of its largest value on the sample")
 
 
 def _passes(records: dict[str, list[PassRecord]]) -> dict[str, list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ from .output import emit_json
 if TYPE_CHECKING:
     from ...runtime.artifact import Artifact
 
-SECTIONS = ("overview", "graph", "passes", "plan", "kernels", "memory", "weights")
+SECTIONS = ("overview", "graph", "passes", "plan", "kernels", "memory", "weights", "quantization")
 
 HELP = """Show what is inside the artifact in DIR. Nothing of it is executed, and no PyTorch is needed.
 
@@ -26,6 +26,7 @@ Sections:
             of every tile, and which tiles were rejected
   memory    scratch memory against its lower bound, and the largest buffers
   weights   packed constants and the tensors that they were made of
+  quantization  for every quantized weight what was asked for and applied, its size and its error
   kernel NAME  the source of one kernel
 
 \b

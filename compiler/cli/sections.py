@@ -26,6 +26,8 @@ def describe(section: str, artifact: Artifact, values: Values, asked: Values | N
     """A section as JSON data; ``graph`` and ``plan`` give the plan as it is stored."""
     if section == "passes":
         return {"passes": artifact.manifest.info.get("passes", {})}
+    if section == "quantization":
+        return {"quantization": artifact.manifest.info.get("quantization")}
     if section == "weights":
         return {
             "file": artifact.manifest.weights.file,
@@ -199,6 +201,29 @@ def _show_passes(artifact: Artifact, values: Values, asked: Values | None) -> No
         click.echo("compile with --dump-dir DIR to see every rewrite, refusal and graph")
 
 
+def _show_quantization(artifact: Artifact, values: Values, asked: Values | None) -> None:
+    found = artifact.manifest.info.get("quantization")
+    if not found:
+        click.echo("no weight of this artifact is quantized")
+        return
+    heading(f"Weights, quantized by {found['asked']}, activations {found['activations']}")
+    rows = [
+        (
+            item["layer"], item["kind"], "x".join(map(str, item["shape"])), item["asked"], item["applied"] or "-",
+            item.get("activations", ""), show_bytes(item["bytes"]) if item["applied"] else "",
+            f"{item['error']:.2%}" if item.get("error") is not None else "",
+        )
+        for item in found["layers"]
+    ]  # fmt: skip
+    table(("weight", "of", "shape", "asked", "applied", "activations", "size", "error"), rows, "llrlllrr")
+    for item in found["layers"]:
+        if item["applied"] is None:
+            click.echo(f"{item['layer']}: {item['why']}")
+    for entry, outputs in found["deviation"].items():
+        for name, error in outputs.items():
+            click.echo(f"{entry}: quantization moves {name} by {error:.1e} of its largest value on the sample")
+
+
 def _show_plan(artifact: Artifact, values: Values, asked: Values | None) -> None:
     plans = facts.plans_of(artifact)
     for name in values:
@@ -348,4 +373,5 @@ SHOW: dict[str, Show] = {
     "kernels": _show_kernels,
     "memory": _show_memory,
     "weights": _show_weights,
+    "quantization": _show_quantization,
 }

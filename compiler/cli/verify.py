@@ -126,11 +126,14 @@ def _compare(
                         "artifact with entry points of its own is verified when it is compiled (from Python)"
                     )
                 _require_same_inputs(program, opened.plans[program.name], source)
-            lowered = compilation.rewrite(programs)[0][kind] if kernels else programs
+            quantized = chosen.quantize is not None
+            lowered = compilation.rewrite(programs)[0][kind] if kernels or quantized else programs
+            # Where weights are quantized, kernels are to compute what that left.
+            references = compilation.quantized.get(kind, programs)
             outputs: list[Any] = []
             steps: list[Any] = []
             missing = 0
-            for program, reference in zip(lowered, programs, strict=True):
+            for program, reference in zip(lowered, references, strict=True):
                 progress("outputs", program.name)
                 entry = model.entry(program.name)
                 outputs += verify_outputs(entry, reference, kind, compilation.precision[kind])
@@ -155,6 +158,8 @@ def _options(opened: Artifact, kind: str) -> CompileOptions:
             precision=info.get("precision", {}).get("requested", "auto"),
             disable_passes=frozenset(info.get("disabled_passes", ())),
             task=_task(info.get("generation")),
+            quantize=info.get("quantization", {}).get("asked"),
+            activations=info.get("quantization", {}).get("activations", "auto"),
         )
     except (UsageError, AttributeError, TypeError) as error:
         raise ArtifactError(f"{opened.path}: does not say how it was compiled: {error}") from None

@@ -6,6 +6,7 @@ their channels ("channels_last"), of any dtype. ``Roles.image_layout`` says whic
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ BLOCKED_DTYPES = (torch.float32, torch.bfloat16)
 def layout_of(value: fx.Node) -> str:
     """The layout of a value; everything but the results of annotated regions lies in rows."""
     region, position = value, 0
-    if value.op == "call_function" and value.args and isinstance(value.args[0], fx.Node) and is_region(value.args[0]):
+    if value.target is operator.getitem and isinstance(value.args[0], fx.Node) and is_region(value.args[0]):
         region, index = value.args[0], value.args[1]
         assert isinstance(index, int)
         position = index

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tilewright.passes import canonicalize
+from tilewright.passes.graph.quantization import read_recipe
 from tilewright.passes.graph.roles import Roles
 from tilewright.passes.pipeline import pipeline
 
@@ -16,10 +17,11 @@ PAGE = (Path(__file__).parents[2] / "docs" / "passes.md").read_text()
 def merged():
     """Each pass of any pipeline once, where it runs first; what only some have comes after its predecessor there."""
     found = {one.name: one for one in pipeline(Roles())}
+    recipe = read_recipe("int8")
     for device, precision in (("cuda", "auto"), ("cuda", "bf16")):
         names = list(found)
         before = None
-        for one in pipeline(Roles(), device, precision):
+        for one in pipeline(Roles(), device, precision, recipe):
             if one.name not in found:
                 names.insert(names.index(before) + 1 if before else 0, one.name)
                 found[one.name] = one

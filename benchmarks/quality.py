@@ -1,0 +1,126 @@
+"""What quantization costs in quality: ``python -m tilewright.benchmarks.quality``.
+
+The shipped byte-level model on held-out text, quantized by every recipe and not at all: perplexity per byte, the mean
+Kullback-Leibler divergence from the unquantized model's distribution (nats per byte), and how often both hold the same
+byte for the likeliest. The quantized programs run in eager PyTorch, as kernels are verified against them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ..compiler.sources import open_source
+from ..compiler.verification import reference_of
+from ..models.bytelm import heldout
+from ..passes.annotate_quantization import AnnotateQuantization
+from ..passes.base import Report
+from ..passes.canonicalize import Canonicalize
+from ..passes.convert_quantized import ConvertQuantized
+from ..passes.graph.edit import insert_constant
+from ..passes.graph.program import Program
+from ..passes.graph.quantization import read_recipe
+from ..passes.graph.quantized_ops import QUANTIZE_WEIGHT
+from ..passes.graph.query import remove_unused, tensor_of
+
+NAMES = ("int8", "int4-g32", "int4-g64", "int4-g128", "int4-g32-z")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How a quantized model compares with the unquantized one.
+
+    Attributes:
+        recipe: how weights are stored; ``"none"`` for the model itself.
+        activations: ``"int8"`` or ``"float"``.
+        perplexity: per byte.
+        loss: perplexity relative to the unquantized model's, less 1.
+        divergence: mean KL divergence in nats per byte.
+        agreement: share of bytes after which both find the same one likeliest.
+    """
+
+    recipe: str
+    activations: str
+    perplexity: float
+    loss: float
+    divergence: float
+    agreement: float
+
+
+def quantized(recipe: str | None, activations: str = "float") -> Program:
+    """The byte model with weights quantized by a recipe, once, for eager PyTorch."""
+    program = reference_of(_captured())
+    if recipe is None:
+        return program
+    for one in (Canonicalize(), AnnotateQuantization(read_recipe(recipe, activations)), ConvertQuantized()):
+        one.run(program, Report())
+    for node in list(program.graph.nodes):
+        if node.target is QUANTIZE_WEIGHT:
+            rows = QUANTIZE_WEIGHT(tensor_of(node.args[0]), *node.args[1:])
+            node.replace_all_uses_with(insert_constant(program.module, node, f"{node.name}_rows", rows))
+            remove_unused(node)
+    program.module.recompile()
+    return program
+
+
+@cache
+def _captured() -> Program:
+    (program,) = open_source("bytelm", (), None, None, None, None)
+    return program
+
+
+def log_probabilities(program: Program, rows: np.ndarray, batch: int = 8) -> torch.Tensor:
+    """Of every next byte: float32 ``[n, seq, 256]``."""
+    parts = [program.run((torch.from_numpy(part[:, :-1]),))[0] for part in np.array_split(rows, -(-len(rows) // batch))]
+    return F.log_softmax(torch.cat(parts).float(), -1)
+
+
+def compare(recipe: str, activations: str, found: torch.Tensor, reference: torch.Tensor, rows: np.ndarray) -> Quality:
+    """Quality of log probabilities beside those of the unquantized model."""
+    targets = torch.from_numpy(rows[:, 1:])[..., None]
+    perplexity, original = (float((-one.gather(-1, targets)).double().mean().exp()) for one in (found, reference))
+    divergence = float((reference.exp() * (reference - found)).sum(-1).double().mean())
+    agreement = float((found.argmax(-1) == reference.argmax(-1)).double().mean())
+    return Quality(recipe, activations, perplexity, perplexity / original - 1, divergence, agreement)
+
+
+def measure(names: Sequence[str], rows: np.ndarray) -> list[Quality]:
+    """Every recipe with and without a search for scales, with activations in floating point and in int8."""
+    reference = log_probabilities(quantized(None), rows)
+    results = [compare("none", "float", reference, reference, rows)]
+    for name in names:
+        for recipe in (f"{name}-plain", name):
+            for activations in ("float", "int8"):
+                found = log_probabilities(quantized(recipe, activations), rows)
+                results.append(compare(recipe, activations, found, reference, rows))
+    return results
+
+
+def main() -> None:
+    """Print the table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=NAMES, help="recipes without -plain")
+    parser.add_argument("--rows", type=int, default=96, help="windows of 256 bytes of held-out text")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    results = measure(options.names, heldout(options.rows))
+    if options.json:
+        print(json.dumps([asdict(one) for one in results], indent=1))
+        return
+    print(f"{'weights':18}{'activations':13}{'perplexity':>11}{'loss':>9}{'KL, nats':>11}{'same top 1':>12}")
+    for one in results:
+        print(
+            f"{one.recipe:18}{one.activations:13}{one.perplexity:11.4f}{one.loss:9.2%}{one.divergence:11.6f}"
+            f"{one.agreement:12.2%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""What quantization costs in quality: ``python -m tilewright.benchmarks.quality``.
+"""What quantization costs in quality: ``python -m benchmarks.quality``.
 
 The shipped byte-level model on held-out text, quantized by every recipe and not at all: perplexity per byte, the mean
 Kullback-Leibler divergence from the unquantized model's distribution (nats per byte), and how often both hold the same
@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..compiler.sources import open_source
-from ..compiler.verification import reference_of
-from ..models.bytelm import heldout
-from ..passes.annotate_quantization import AnnotateQuantization
-from ..passes.base import Report
-from ..passes.canonicalize import Canonicalize
-from ..passes.convert_quantized import ConvertQuantized
-from ..passes.graph.edit import insert_constant
-from ..passes.graph.program import Program
-from ..passes.graph.quantization import read_recipe
-from ..passes.graph.quantized_ops import QUANTIZE_WEIGHT
-from ..passes.graph.query import remove_unused, tensor_of
+from tilewright.compiler.sources import open_source
+from tilewright.compiler.verification import reference_of
+from tilewright.models.bytelm import heldout
+from tilewright.passes.annotate_quantization import AnnotateQuantization
+from tilewright.passes.base import Report
+from tilewright.passes.canonicalize import Canonicalize
+from tilewright.passes.convert_quantized import ConvertQuantized
+from tilewright.passes.graph.edit import insert_constant
+from tilewright.passes.graph.program import Program
+from tilewright.passes.graph.quantization import read_recipe
+from tilewright.passes.graph.quantized_ops import QUANTIZE_WEIGHT
+from tilewright.passes.graph.query import remove_unused, tensor_of
 
 NAMES = ("int8", "int4-g32", "int4-g64", "int4-g128", "int4-g32-z")
 

@@ -23,6 +23,7 @@ from ..storage import Packing, Storage
 from ..values import LANES
 from . import packing, winograd
 from .anchors import Anchored, Narrow, c_size
+from .machine import MACHINES
 
 __all__ = ["TARGETS", "convolution_family"]
 
@@ -111,6 +112,8 @@ def _build(
             units = packing.depthwise_units(n, g.channels, oh, ow, g.kernel, g.stride, g.dilation)
         else:
             units = packing.convolution_units(n, oh, ow, g.outputs)
+            if isinstance(oh, int) and isinstance(ow, int):
+                context["rows_used"] = {one.rows: packing.tile_rows(oh * ow, one.rows) for one in MACHINES}
     if template == "depthwise.c.jinja":
         context["C"] = g.channels
     else:

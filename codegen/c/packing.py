@@ -147,6 +147,21 @@ def convolution_units(batch: Size, oh: Size, ow: Size, outputs: int) -> Size:
     return mul(batch, ceildiv(mul(oh, ow), ROWS), ceildiv(outputs, PANEL))
 
 
+def tile_rows(pixels: int, most: int) -> int:
+    """Which numbers of rows the tiles of ``convolution.c.jinja`` have, as bits.
+
+    Args:
+        pixels: of an image.
+        most: rows of a tile.
+    """
+    used, blocks = 0, -(-pixels // ROWS)
+    for count in {pixels * (block + 1) // blocks - pixels * block // blocks for block in range(blocks)}:
+        tiles = -(-count // most)
+        for tile in range(tiles):
+            used |= 1 << (count * (tile + 1) // tiles - count * tile // tiles)
+    return used
+
+
 def can_gather(kernel: tuple[int, int], dilation: tuple[int, int]) -> bool:
     """Whether the window of one pixel fits the scratch of ``convolution_gathered.c.jinja``."""
     return kernel[0] * _reach(kernel[1], dilation[1]) <= _GATHER_SCRATCH

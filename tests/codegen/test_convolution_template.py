@@ -13,6 +13,7 @@ from tilewright.codegen.c.packing import (
     convolution_units,
     pack_convolution,
     pack_convolution_gathered,
+    tile_rows,
 )
 
 POINTERS = "const float *restrict x = buf[0]; const float *restrict w = buf[1]; float *restrict y = buf[2];"
@@ -102,8 +103,11 @@ def check(case, y, expected):
     assert np.isnan(rest).all()
 
 
-def blocked_kernel(native, case, target, compiler="gcc", kind="f32"):
+def blocked_kernel(native, case, target, compiler="gcc", kind="f32", pixels=None):
+    """With ``pixels``, only the tiles of an output image of so many."""
     context = case.context()
+    if pixels is not None:
+        context["rows_used"] = {rows: tile_rows(pixels, rows) for rows in (6, 12)}
     row = context.pop("row")
     hole = native.Hole(row, "to[lane] = acc + bias[cb * 16 + lane];")
     source = native.render(
@@ -172,6 +176,17 @@ def test_blocked(native, new_array, key, target):
         arrays, sizes, units, expected = arguments(native, case, batch, image, new_array)
         assert kernel(arrays, sizes, units) == 0
         check(case, arrays[2], expected)
+
+
+@EVERY
+@pytest.mark.parametrize("pixels", [1, 2, 13, 49, 100, 196, 784])
+def test_only_the_tiles_of_an_image(native, new_array, target, pixels):
+    """A kernel for one size of image has no code for other tiles, and would stop where it met one."""
+    case = Case(32, 48, (1, 1))
+    kernel = blocked_kernel(native, case, target, pixels=pixels)
+    arrays, sizes, units, expected = arguments(native, case, 1, (1, pixels), new_array)
+    assert kernel(arrays, sizes, units) == 0
+    check(case, arrays[2], expected)
 
 
 @BOTH

@@ -26,6 +26,24 @@
 #define TW_WORD_bf16 uint32_t
 enum { TW_BLOCK_f32 = 16, TW_BLOCK_bf16 = 8 }; /* words in a block of channels */
 
+/* What a kernel needs, where that is known: bit r of TW_ROWS_USED tells whether a tile has r rows, TW_WHOLE_BLOCKS whether
+ * all blocks of channels are full. The rest is not compiled, which takes most of a kernel's time to compile. */
+#if !defined(TW_ROWS_USED)
+#define TW_ROWS_USED (-1)
+#endif
+#if !defined(TW_WHOLE_BLOCKS)
+#define TW_WHOLE_BLOCKS 0
+#endif
+/* Halves are the rows of a tile that is cut in two. */
+enum { TW_HALVES_USED = (TW_ROWS_USED & 14) | ((TW_ROWS_USED >> 2 | TW_ROWS_USED >> 3) & 12) };
+#define TW_UNUSED(ROWS) (TW_ROWS_USED >> (ROWS) & 1) == 0
+#define TW_UNUSED_narrow(ROWS) TW_UNUSED(ROWS)
+#define TW_UNUSED_wide(ROWS) (TW_HALVES_USED >> (ROWS) & 1) == 0
+#define TW_ONLY_USED(WIDTH, ROWS) \
+    if (TW_UNUSED##WIDTH(ROWS)) { \
+        __builtin_trap(); \
+    }
+
 /* The step of tw_words.h for floats. */
 #define TW_ZERO_f32(r) TW_ZERO(r)
 #define TW_RESUME_f32(r) TW_RESUME(r)
@@ -157,7 +175,7 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
 
 /* b += the steps of one block of channels, whose length is known but in the last block. */
 #define TW_STEPS_OF_BLOCK(KIND, WIDTH, ROWS) \
-    if (depth == TW_BLOCK_##KIND) { \
+    if (TW_WHOLE_BLOCKS || depth == TW_BLOCK_##KIND) { \
         TW_UNROLLED \
         for (int64_t k = 0; k < TW_BLOCK_##KIND; k++, b += TW_PANEL) { TW_STEPS_##KIND##WIDTH(ROWS) } \
     } else { \
@@ -171,6 +189,7 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
     static __attribute__((unused, noinline)) void tw_convolve_##KIND##WIDTH##_##ROWS( \
         const TW_WORD_##KIND *b, float *sums, int64_t row, const tw_kernel_window *w, const tw_pixel_tile *tile, \
         int resume) { \
+        TW_ONLY_USED(WIDTH, ROWS) \
         const int64_t *const offset = tile->offset + row; \
         const uint64_t *const rows = tile->rows + row, *const columns = tile->columns + row; \
         typedef TW_WORD_##KIND word; \
@@ -202,6 +221,7 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
     static __attribute__((unused, noinline)) void tw_pointwise_##KIND##WIDTH##_##ROWS( \
         const TW_WORD_##KIND *b, float *sums, int64_t row, const tw_kernel_window *w, int64_t first, \
         int resume) { \
+        TW_ONLY_USED(WIDTH, ROWS) \
         typedef TW_WORD_##KIND word; \
         enum { apart = TW_BLOCK_##KIND }; \
         TW_AHEAD_POINTER \

@@ -240,7 +240,7 @@ class Compilation:
                         pipeline(fusion_roles(device), device, precision, recipe, self.ledger), dump_dir=folder,
                         verify=self.options.verify == "passes", disabled=self.options.disable_passes,
                         stop_after=self.options.stop_after, precision=precision, progress=detail,
-                        after_approximate=lambda one, device=device: self._keep(one, device),
+                        after_approximate=partial(self._keep, device=device),
                     )  # fmt: skip
                     records[plan_name(program.name, device)] = manager.run(program)
                 self.watch.follow(programs[device])

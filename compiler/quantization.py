@@ -135,7 +135,8 @@ def _describe(layer: Layer, error: float | None) -> dict[str, Any]:
 def deviation(original: Program, quantized: Program) -> dict[str, float]:
     """How far quantization moves each output on the sample, max|a - b| / max|a|, by name."""
     (returned,) = original.graph.output_node().args
-    results = returned[: len(returned) - len(original.states)]  # type: ignore[index, arg-type]
+    assert isinstance(returned, tuple), "a program returns one flat tuple"
+    results = returned[: len(returned) - len(original.states)]
     names = output_names(original.results, results)
     before, after = original.run(original.sample), quantized.run(original.sample)
     pairs = [(a, b) for a, b in zip(before, after, strict=True) if isinstance(a, torch.Tensor)]

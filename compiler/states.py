@@ -84,9 +84,9 @@ def share_states(programs: Sequence[Program]) -> None:
                 )
     for program in programs:
         for node in program.graph.find_nodes(op="get_attr"):
-            state = known.get(str(node.meta.get("source")))
-            if state is not None:
-                _become_state(program, node, state)
+            shared = known.get(str(node.meta.get("source")))
+            if shared is not None:
+                _become_state(program, node, shared)
 
 
 def _become_state(program: Program, constant: fx.Node, state: State) -> None:

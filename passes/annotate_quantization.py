@@ -51,7 +51,7 @@ class AnnotateQuantization(Pass):
             if SPEC in node.meta:
                 continue
             kind: Kind = "embedding" if is_call(node, aten.embedding.default) else "linear"
-            weight = node.args[0 if kind == "embedding" else PRODUCTS.get(node.target, (1, False))[0]]
+            weight: Any = node.args[0 if kind == "embedding" else PRODUCTS.get(node.target, (1, False))[0]]
             if not is_constant(weight):
                 report.refuse(node, f"its weight {weight} is not constant")
                 continue

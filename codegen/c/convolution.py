@@ -13,6 +13,7 @@ multiply in float32. Any other half precision is converted and computed in float
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ...runtime import sizes
 from ...runtime.errors import CompileError
@@ -100,7 +101,7 @@ def _build(
     row, column = (0, "p") if oh == 1 else (sizes.floordiv("p", ow), sizes.mod("p", ow))
     channel = sizes.add(sizes.mul("cb", LANES), "lane")
     index = images.result_index("n", channel, row, column)
-    context: dict[str, object] = {}
+    context: dict[str, Any] = {}
     if template == "convolution_gathered.c.jinja":
         value = virtual_input(work, images)
         context["load_x"] = work.read(value, ("n", "ic", "ih", "iw"), ("n", "ic", "ih"), "iw", "x_value")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import fx
@@ -147,7 +148,7 @@ def _left(context: Mapping[str, object], kind: str) -> str:
     return "direct" if context["a_words"] else "copied"
 
 
-def _left_in_place(work: Anchored, product: Product, kind: str) -> dict[str, object]:
+def _left_in_place(work: Anchored, product: Product, kind: str) -> dict[str, Any]:
     """The context's part for a left operand with contiguous rows in a buffer of a fitting dtype; empty for others."""
     direct = affine_rows(product.a.at(("b", "m", "k")), "m", "k")
     storage = work.kernel.storage[direct[0]] if direct is not None else ""

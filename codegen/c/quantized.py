@@ -61,7 +61,7 @@ def _linear(task: Task, anchor: fx.Node) -> Sequence[Made]:
     value = work.operand(given["x"])
     assert value is not None
     flat = reshape(kernel, value, (m, columns))
-    context: dict[str, object] = {}
+    context: dict[str, Any] = {}
     direct = affine_rows(flat.at(("m", "k")), "m", "k")
     if direct is not None and kernel.storage[direct[0]] == "float32":
         buffer, start, stride = direct

@@ -81,9 +81,10 @@ def pack_quantized(rows: np.ndarray, form: RowFormat) -> np.ndarray:
     panels, groups = -(-n // PANEL), -(-steps // per)
     codes = np.full((panels * PANEL, steps * STEP), form.zero, np.uint8)
     codes[:n, : form.columns] = parts.codes.numpy().view(np.uint8)
+    words: np.ndarray
     if form.bits == 4:
-        words = codes.reshape(panels, 2, _HALF, steps, 4, 2, 4)
-        words = words[..., 0, :] | (words[..., 1, :] << 4)
+        pairs = codes.reshape(panels, 2, _HALF, steps, 4, 2, 4)
+        words = pairs[..., 0, :] | (pairs[..., 1, :] << 4)
     else:
         words = codes.reshape(panels, 2, _HALF, steps, 8, 4)
     data = words.transpose(0, 3, 1, 4, 2, 5).reshape(panels, steps, _STEP_BYTES[form.bits])

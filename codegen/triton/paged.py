@@ -116,6 +116,7 @@ def _attention(work: Anchored, *, split: bool, guard: Size) -> Made:
     tokens, heads, length = query.shape
     blocks, shared, *_ = keys.shape
     group = _check(work, query.dtype, heads, shared, length)
+    assert isinstance(length, int)
     scale, window = given["scale"], given["window"]
     if not isinstance(scale, int | float) or not isinstance(window, int):
         raise CompileError(f"{work.anchor}: the scale and the window must be fixed numbers")

@@ -68,7 +68,7 @@ class Weight:
         """All of it."""
         return [self.codes, self.scales, *([] if self.zeros is None else [self.zeros])]
 
-    def context(self, frame: Frame) -> dict[str, object]:
+    def context(self, frame: Frame) -> dict[str, Any]:
         """What the templates need to know."""
         form = self.form
         return {

@@ -121,8 +121,9 @@ def node_tolerances(program: Program, precision: str = "auto") -> dict[fx.Node, 
     return coarsest
 
 
-# Activations rounded to int8 on the fly: a unit in the last place of a float32 decides a rounding, by 1 of up to 127.
-ROUNDED_ACTIVATIONS = 1e-2
+# Activations rounded to int8 on the fly: a unit in the last place of a float32 decides a rounding, the step that this
+# makes decides others after it, and in the end outputs differ by about as much as rounding activations moves them.
+ROUNDED_ACTIVATIONS = 4e-2
 
 
 def _rounded(node: fx.Node) -> float:

@@ -34,7 +34,9 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.codegen.c.tuning import processor_name
+from tilewright.codegen.targets import parse
 from tilewright.models import names
+from tilewright.runtime.cpu import features
 
 from .cpu_goals import goals
 from .cpu_measure import Bench, Failed, OutOfTime, say
@@ -49,8 +51,10 @@ PACKAGES = ("torch", "onnxruntime", "openvino", "numpy")
 
 
 def machine(threads: int, target: str = "") -> dict[str, Any]:
-    """The processor, the versions, and the target where it is not this machine's: what makes numbers comparable."""
-    found: dict[str, Any] = {"cpu": processor_name(), "threads": threads, "python": platform.python_version()}
+    """The processor and what it has, versions, and a target other than its own: what makes numbers comparable."""
+    found: dict[str, Any] = {"cpu": processor_name()}
+    found["instructions"] = parse("cpu", features()).name.removeprefix("cpu:")
+    found |= {"threads": threads, "python": platform.python_version()}
     if target:
         found["target"] = target
     for package in PACKAGES:

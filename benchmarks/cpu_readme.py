@@ -1,6 +1,6 @@
-"""The README's table and plot of speed, from a record of the CPU benchmark.
+"""The README's tables and plots of speed, from records of the CPU benchmark.
 
-    python -m benchmarks.cpu_readme                                        # the newest record in benchmarks/results
+    python -m benchmarks.cpu_readme             # the newest record in benchmarks/results of each set of instructions
     python -m benchmarks.cpu_readme benchmarks/results/2026-11-21-cpu-systems.json
 
 Rewrites what lies between two comments in README.md; run it after every run that is to be shown.
@@ -25,14 +25,27 @@ BEGIN = "<!-- written by python -m benchmarks.cpu_readme -->"
 END = "<!-- up to here -->"
 
 
-def newest() -> Path | None:
-    """The newest record of all systems."""
-    found = sorted(RESULTS.glob("????-??-??-cpu-systems.json"))
-    return found[-1] if found else None
+def newest() -> list[Path]:
+    """The newest record of all systems for each set of instructions, the widest first."""
+    found: dict[str, Path] = {}
+    for path in sorted(RESULTS.glob("????-??-??-cpu-systems.json")):
+        found[instructions(json.loads(path.read_text()))] = path
+    return [found[name] for name in sorted(found, reverse=True)]
+
+
+def instructions(record: Mapping[str, Any]) -> str:
+    """The instruction set of a record's processor, such as ``x86-64-v4+vnni+bf16``."""
+    return str(record["machine"]["instructions"])
+
+
+def sections(records: Sequence[Path]) -> str:
+    """What records show, one after another."""
+    paths = [path.resolve() for path in records]
+    return "\n\n".join(section(json.loads(path.read_text()), path.relative_to(ROOT).as_posix()) for path in paths)
 
 
 def section(record: Mapping[str, Any], path: str) -> str:
-    """Table, plot and goals as Markdown.
+    """Tables, plot and goals of a record as Markdown.
 
     Args:
         record: what benchmarks.cpu wrote.
@@ -40,7 +53,7 @@ def section(record: Mapping[str, Any], path: str) -> str:
     """
     results = record["results"]
     planned = [case for case in cases(list(MODELS), list(PRECISIONS)) if OURS in timed_systems(results, case)]
-    parts = []
+    parts = [f"**{instructions(record)}**"]
     for title, latency in (("One request at a time", True), ("Batches of 8", False)):
         if chosen := [case for case in planned if case.latency == latency]:
             parts.append("\n".join(_table(results, chosen, title)))
@@ -92,14 +105,14 @@ def replaced(readme: str, text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path, nargs="?", default=newest(), help="JSON that benchmarks.cpu wrote")
+    parser.add_argument("record", type=Path, nargs="*", help="JSON that benchmarks.cpu wrote")
     options = parser.parse_args()
-    if options.record is None:
+    records = options.record or newest()
+    if not records:
         print("there is no record: run python -m benchmarks.cpu first", file=sys.stderr)
         return 2
     readme = ROOT / "README.md"
-    path = options.record.resolve().relative_to(ROOT).as_posix()
-    readme.write_text(replaced(readme.read_text(), section(json.loads(options.record.read_text()), path)))
+    readme.write_text(replaced(readme.read_text(), sections(records)))
     return 0
 
 

@@ -173,7 +173,9 @@ def _compute_bfloat16() -> None:
         if a.dtype.scalar.is_floating() and a.dtype.scalar.primitive_bitwidth == 8:
             left = convert(left, a.dtype, tl.float16, None).view(np.float16)
             right = convert(right, b.dtype, tl.float16, None).view(np.float16)
-        result = np.matmul(left.astype(d.data.dtype), right.astype(d.data.dtype))
+        # In float64, rounded once: BLAS libraries add up in an order that depends on where in the block a row lies.
+        wide = np.float64 if d.data.dtype == np.float32 else d.data.dtype
+        result = np.matmul(left.astype(wide), right.astype(wide)).astype(d.data.dtype)
         return TensorHandle(result + d.data, d.dtype.scalar)
 
     interpreter._get_np_dtype = numpy_dtype

@@ -161,8 +161,13 @@ static inline uint64_t tw_inside_mask(int64_t first, int64_t step, int64_t taps,
     switch (rows) { \
         TW_CASE(function, 1, __VA_ARGS__) TW_CASE(function, 2, __VA_ARGS__) TW_CASE(function, 3, __VA_ARGS__) \
     }
-/* Leaving a loop of 16 short steps costs as much as several of them. */
+/* Leaving a loop of 16 short steps costs as much as several of them. With checks around every load the compiler would take
+ * minutes. */
+#if defined(__SANITIZE_ADDRESS__)
+#define TW_UNROLLED
+#else
 #define TW_UNROLLED _Pragma("GCC unroll 16")
+#endif
 /* Weights come from memory while those before them are worked with: few lines at a time, into the second cache. */
 #define TW_AHEAD_POINTER \
     const int64_t lines = w->lines; \

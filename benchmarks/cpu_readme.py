@@ -60,7 +60,8 @@ def section(record: Mapping[str, Any], path: str) -> str:
     parts.append(f"![Every system's speed as a share of the processor's limit]({Path(path).with_suffix('.png')})")
     missed = [goal for goal in record["goals"] if not goal["reached"]]
     parts.append(
-        f"{describe(record['machine'])}: medians of interleaved runs on {record['date']} ([the record]({path})). "
+        f"{describe(record['machine'])}: medians of interleaved runs on {record['date']} ([the record]({path})), "
+        "times faster as the median over turns, which drift less than whole runs do. "
         f"Of {len(record['goals'])} goals {len(record['goals']) - len(missed)} are reached."
     )
     return "\n\n".join(parts)

@@ -22,7 +22,7 @@ from ...runtime import sizes
 from ...runtime.errors import CompileError
 from ..anchors import affine_rows, find_anchor
 from ..expr import Expr
-from ..products import unflatten
+from ..products import unflatten, unused_without
 from ..regions import Frame, Made, Task
 from ..storage import Storage
 from ..values import broadcast, reshape
@@ -51,7 +51,7 @@ def _linear(task: Task, anchor: fx.Node) -> Sequence[Made]:
     form = _form(given)
     columns, shared = form.columns, _activation_steps(given["activations"], form)
     packed, n = _packed(task, anchor, form)
-    frame = Frame(task, skip=_only_read_by(anchor, given["weight"]), extra=[packed])
+    frame = Frame(task, skip=unused_without(anchor, given["weight"]), extra=[packed])
     work = Anchored(task, anchor, frame)
     kernel, shape = work.kernel, work.shape()
     rows = shape[:-1]
@@ -104,7 +104,7 @@ def _embedding(task: Task, anchor: fx.Node) -> Sequence[Made]:
     form = _form(given)
     columns = form.columns
     packed, n = _packed(task, anchor, form)
-    frame = Frame(task, skip=_only_read_by(anchor, given["weight"]), extra=[packed])
+    frame = Frame(task, skip=unused_without(anchor, given["weight"]), extra=[packed])
     work = Anchored(task, anchor, frame)
     kernel, shape = work.kernel, work.shape()
     rows = shape[:-1]
@@ -160,8 +160,3 @@ def _packed(task: Task, anchor: fx.Node, form: RowFormat) -> tuple[Storage, int]
         )
     n = storage.recipe.shape[0]
     return task.packed(storage, quantized_packing(n, form)), n
-
-
-def _only_read_by(anchor: fx.Node, weight: fx.Node) -> list[fx.Node]:
-    """The weight's rows, which no kernel takes where nothing else reads them."""
-    return [] if any(user is not anchor for user in weight.users) else [weight]

@@ -23,7 +23,7 @@ from ...runtime.plan import Tile
 from ...runtime.sizes import Size
 from ..anchors import find_anchor
 from ..expr import Expr
-from ..products import unflatten
+from ..products import unflatten, unused_without
 from ..regions import Frame, Made, Task
 from ..storage import Packing, Storage
 from ..values import broadcast, reshape
@@ -107,7 +107,7 @@ def _linear(task: Task, anchor: fx.Node) -> Sequence[Made]:
 def _product(task: Task, anchor: fx.Node, weight: Weight, tiles: Sequence[Tile], limit: int | None) -> Made:
     """The kernel for at most so many rows (``None``: any number)."""
     given = arguments(anchor)
-    work = Anchored(task, anchor, Frame(task, skip=_only_read_by(anchor, given["weight"]), extra=weight.storages))
+    work = Anchored(task, anchor, Frame(task, skip=unused_without(anchor, given["weight"]), extra=weight.storages))
     kernel, shape = work.kernel, work.shape()
     rows, n, columns = shape[:-1], weight.rows, weight.form.columns
     m = sizes.product(rows)
@@ -158,7 +158,7 @@ def _product(task: Task, anchor: fx.Node, weight: Weight, tiles: Sequence[Tile],
 def _embedding(task: Task, anchor: fx.Node) -> Sequence[Made]:
     given = arguments(anchor)
     weight = _weight(task, anchor, given)
-    work = Anchored(task, anchor, Frame(task, skip=_only_read_by(anchor, given["weight"]), extra=weight.storages))
+    work = Anchored(task, anchor, Frame(task, skip=unused_without(anchor, given["weight"]), extra=weight.storages))
     kernel, shape = work.kernel, work.shape()
     columns, m = weight.form.columns, sizes.product(shape[:-1])
     for name, extent in (("m", m), ("k", columns)):
@@ -251,11 +251,6 @@ def pack_zeros(rows: np.ndarray, form: RowFormat) -> np.ndarray:
     zeros = form.split(torch.from_numpy(rows)).zeros
     assert zeros is not None
     return np.ascontiguousarray(zeros.numpy().view(np.uint8).T)
-
-
-def _only_read_by(anchor: fx.Node, weight: fx.Node) -> list[fx.Node]:
-    """The weight, if nothing else in the region reads it: the kernel takes the packed form instead."""
-    return [] if any(user is not anchor for user in weight.users) else [weight]
 
 
 def _shape(task: Task, anchor: fx.Node) -> tuple[Size, ...]:

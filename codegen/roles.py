@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..passes.graph import ops as tilewright_ops  # noqa: F401 - registers our operators
 from ..passes.graph.roles import Anchor, Roles
-from .c import attention, cache_append, convolution, matmul, paged_attention, quantized
+from . import quantized
+from .c import attention, cache_append, convolution, matmul, paged_attention
 from .registry import all_lowerings
 from .values import LANES
 

@@ -10,22 +10,22 @@ shares it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
-from ...passes.graph.quantized_ops import QUANTIZED_EMBEDDING, QUANTIZED_LINEAR
+from ...passes.graph.quantized_ops import QUANTIZED_EMBEDDING
 from ...passes.graph.quantized_rows import RowFormat
 from ...passes.graph.query import arguments
 from ...runtime import sizes
 from ...runtime.errors import CompileError
 from ..anchors import affine_rows, find_anchor
-from ..expr import Expr
 from ..products import unflatten, unused_without
+from ..quantized import TARGETS, format_of, with_bias
 from ..regions import Frame, Made, Task
 from ..storage import Storage
-from ..values import broadcast, reshape
+from ..values import reshape
 from .anchors import Anchored, c_size
 from .quantized_packing import (
     STEP,
@@ -37,8 +37,6 @@ from .quantized_packing import (
     steps_of,
 )
 
-TARGETS = frozenset([QUANTIZED_LINEAR, QUANTIZED_EMBEDDING])
-
 
 def quantized_family(task: Task) -> Sequence[Made]:
     """``epilogue(quantized_linear(x, weight, bias))`` or ``epilogue(quantized_embedding(indices, weight))``."""
@@ -48,7 +46,7 @@ def quantized_family(task: Task) -> Sequence[Made]:
 
 def _linear(task: Task, anchor: fx.Node) -> Sequence[Made]:
     given = arguments(anchor)
-    form = _form(given)
+    form = format_of(given)
     columns, shared = form.columns, _activation_steps(given["activations"], form)
     packed, n = _packed(task, anchor, form)
     frame = Frame(task, skip=unused_without(anchor, given["weight"]), extra=[packed])
@@ -69,14 +67,6 @@ def _linear(task: Task, anchor: fx.Node) -> Sequence[Made]:
     else:
         context["read_x"] = work.read(flat, ("m", "k"), ("m",), "k", "x_value")
     index = (*unflatten(kernel, "m", rows), "n")
-    added = work.operand(given["bias"])
-
-    def with_bias(total: Expr) -> Expr:
-        if added is None:
-            return total
-        term = kernel.builder.cast(broadcast(added, shape).at(index), "float32")
-        return kernel.builder.call("add", "float32", total, term)
-
     block = block_rows(columns, quantized=shared > 0, gathered="read_x" in context)
     code = work.code(
         "quantized_matmul.c.jinja",
@@ -93,7 +83,7 @@ def _linear(task: Task, anchor: fx.Node) -> Sequence[Made]:
         weight=frame.name(packed),
         panel_bytes=panel_bytes(form),
         block=block,
-        epilogue=work.epilogue(index, ("m",), "n", with_bias),
+        epilogue=work.epilogue(index, ("m",), "n", with_bias(work, given["bias"], index)),
         **context,
     )
     return [Made(code, frame.storages)]
@@ -101,7 +91,7 @@ def _linear(task: Task, anchor: fx.Node) -> Sequence[Made]:
 
 def _embedding(task: Task, anchor: fx.Node) -> Sequence[Made]:
     given = arguments(anchor)
-    form = _form(given)
+    form = format_of(given)
     columns = form.columns
     packed, n = _packed(task, anchor, form)
     frame = Frame(task, skip=unused_without(anchor, given["weight"]), extra=[packed])
@@ -130,11 +120,6 @@ def _embedding(task: Task, anchor: fx.Node) -> Sequence[Made]:
         epilogue=work.epilogue((*unflatten(kernel, "m", rows), "k"), ("m",), "k", lambda acc: acc),
     )
     return [Made(code, frame.storages)]
-
-
-def _form(given: Mapping[str, Any]) -> RowFormat:
-    """The format of the weight that a call is given."""
-    return RowFormat(given["columns"], given["bits"], given["group"], given["symmetric"])
 
 
 def _activation_steps(activations: int, form: RowFormat) -> int:

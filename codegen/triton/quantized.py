@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ...passes.graph.quantized_ops import QUANTIZED_EMBEDDING, QUANTIZED_LINEAR
+from ...passes.graph.quantized_ops import QUANTIZED_EMBEDDING
 from ...passes.graph.quantized_rows import RowFormat
 from ...passes.graph.query import arguments
 from ...runtime import sizes
@@ -22,11 +22,11 @@ from ...runtime.errors import CompileError
 from ...runtime.plan import Tile
 from ...runtime.sizes import Size
 from ..anchors import find_anchor
-from ..expr import Expr
 from ..products import unflatten, unused_without
+from ..quantized import TARGETS, format_of, with_bias
 from ..regions import Frame, Made, Task
 from ..storage import Packing, Storage
-from ..values import broadcast, reshape
+from ..values import reshape
 from . import dialect
 from .anchors import Anchored
 from .attention_tiles import tile
@@ -41,7 +41,7 @@ _FEW = 16
 
 def quantized_family(task: Task) -> Sequence[Made]:
     """``epilogue(quantized_linear(x, weight, bias))`` or ``epilogue(quantized_embedding(indices, weight))``."""
-    anchor = find_anchor(task, frozenset((QUANTIZED_LINEAR, QUANTIZED_EMBEDDING)))
+    anchor = find_anchor(task, TARGETS)
     return _embedding(task, anchor) if anchor.target == QUANTIZED_EMBEDDING else _linear(task, anchor)
 
 
@@ -123,14 +123,6 @@ def _product(task: Task, anchor: fx.Node, weight: Weight, tiles: Sequence[Tile],
     text = scope.raw(kernel.builder.cast(flat.at(("m", "k")), value.compute), dtype)
     scope.lines.append(f"x = tl.where({terms}, {text}, 0.0)" if terms else f"x = {text}")
     index = (*unflatten(kernel, "m", rows), "n")
-    added = work.operand(given["bias"])
-
-    def with_bias(total: Expr) -> Expr:
-        if added is None:
-            return total
-        term = kernel.builder.cast(broadcast(added, shape).at(index), "float32")
-        return kernel.builder.call("add", "float32", total, term)
-
     results = {
         "m": Var("m[:, None]", ("BLOCK_M", "1"), f"(m < {_text(m)})[:, None]"),
         "n": Var("n[None, :]", ("1", "BLOCK_N"), f"(n < {n})[None, :]"),
@@ -150,7 +142,7 @@ def _product(task: Task, anchor: fx.Node, weight: Weight, tiles: Sequence[Tile],
         read_x=work.text(scope),
         type=dialect.TYPES[dtype],
         precision=task.precision,
-        epilogue=work.epilogue(index, results, with_bias, ("BLOCK_M", "BLOCK_N")),
+        epilogue=work.epilogue(index, results, with_bias(work, given["bias"], index), ("BLOCK_M", "BLOCK_N")),
         **weight.context(work.frame),
     )
 
@@ -195,7 +187,7 @@ def _weight(task: Task, anchor: fx.Node, given: Mapping[str, Any]) -> Weight:
     Raises:
         CompileError: it is not known when compiling, or in groups that are not made of half chunks.
     """
-    form = RowFormat(given["columns"], given["bits"], given["group"], given["symmetric"])
+    form = format_of(given)
     if form.group % (CHUNK // 2):
         raise CompileError(
             f"{anchor}: weights in groups of {form.group} columns have no kernel on GPUs; choose groups of 32, 64 or "

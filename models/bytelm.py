@@ -6,6 +6,7 @@ The architecture is the Llama-style decoder of ``decoder.py`` with a vocabulary 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,18 @@ from .stdlib_text import held_out_text, windows
 
 CONTEXT = 256
 CONFIG = Config(vocabulary=256, width=160, layers=4, heads=5, kv_heads=5, hidden=432, context=CONTEXT, tied=True)
+LARGE = Config(vocabulary=256, width=256, layers=6, heads=4, kv_heads=4, hidden=688, context=CONTEXT, tied=True)
 CHECKPOINT = checkpoint.FOLDER / "bytelm.safetensors"
 
 
 def build(variant: str = "bytelm") -> nn.Module:
     """The trained model: bytes [batch, seq] (int64) to logits [batch, seq, 256]."""
-    return checkpoint.load(Decoder(CONFIG), CHECKPOINT, trainer="tilewright.models.train_bytelm")
+    return load(CHECKPOINT)
+
+
+def load(path: Path, config: Config = CONFIG) -> nn.Module:
+    """A model that ``train_bytelm.py`` wrote: the shipped one, or one of the dimensions of ``LARGE``, which is not."""
+    return checkpoint.load(Decoder(config), path, trainer="tilewright.models.train_bytelm")
 
 
 def example(variant: str = "bytelm") -> tuple[tuple[Any, ...], dict[str, Any]]:

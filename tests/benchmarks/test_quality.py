@@ -2,7 +2,7 @@
 
 import torch
 
-from tilewright.benchmarks.quality import compare, log_probabilities, quantized
+from tilewright.benchmarks.quality import compare, log_probabilities, quantized, recipe_of
 from tilewright.models.bytelm import heldout
 
 
@@ -17,6 +17,11 @@ def test_quantization_costs_little_and_the_search_helps():
     assert found["int4-g32"].loss < 0.02
     assert found["int4-g32"].divergence < found["int4-g32-plain"].divergence
     assert found["int8"].divergence < found["int4-g32"].divergence
+
+
+def test_activations_by_rows_are_for_comparison_only():
+    assert recipe_of("int4-g32", "int8-rows").of("layers.0.q.weight", "linear").activations == 0
+    assert recipe_of("int4-g32", "int8").of("layers.0.q.weight", "linear").activations == 32
 
 
 def test_a_model_beside_itself():

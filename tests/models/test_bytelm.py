@@ -69,3 +69,15 @@ def test_a_few_steps_lower_the_loss():
     model = train_bytelm.train(steps=12, batch=2, seed=0)
     rows = bytelm.heldout(limit=4)
     assert bytelm.perplexity(train_bytelm.eager_predict(model), rows) < 64
+
+
+def test_the_larger_model_is_trained_to_a_file_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train_bytelm", "--large"])
+    with pytest.raises(SystemExit):
+        train_bytelm.main()
+    assert "--large needs --output FILE" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_the_other_size_is_refused():
+    with pytest.raises(ValueError, match="bytelm.safetensors does not fit Decoder"):
+        bytelm.load(bytelm.CHECKPOINT, bytelm.LARGE)

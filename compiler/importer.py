@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from ..passes.graph.edit import unique_attribute
 from ..passes.graph.program import Input, Program, State
 from ..runtime.errors import SourceError, UnsupportedOperator
+from .decompositions import functional
 from .guards import essential, parse_guard
 from .refusals import (
     asserted_conditions,
@@ -104,7 +105,7 @@ def from_exported(
         results = _result_tree(exported)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="erase_node")  # PyTorch's own clean-up, of copies between states
-        exported = exported.run_decompositions({})
+        exported = functional(exported)
     refuse_unsupported(exported)
     placeholders = _input_placeholders(exported)
     values = [node.meta["val"] for node in placeholders]

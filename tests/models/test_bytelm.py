@@ -66,7 +66,7 @@ def test_causal():
 
 
 def test_a_few_steps_lower_the_loss():
-    model = train_bytelm.train(steps=12, batch=2, seed=0)
+    model = train_bytelm.train(steps=12, batch=2, seed=0, muon=False)  # whose products in bfloat16 may be slow
     rows = bytelm.heldout(limit=4)
     assert bytelm.perplexity(train_bytelm.eager_predict(model), rows) < 64
 

@@ -82,6 +82,7 @@ def _shares(results: Results, cases: Sequence[Case], precision: str) -> Iterator
     compiles: dict[str, float] = {}
     starts: dict[str, float] = {}
     memories: dict[str, float] = {}
+    pythons: dict[str, str] = {}
     for case in cases:
         builds = [results.get(f"build/{case.name}/{name}", {}).get("seconds") for name in (OURS, "aotinductor")]
         if all(builds):
@@ -89,6 +90,10 @@ def _shares(results: Results, cases: Sequence[Case], precision: str) -> Iterator
         systems = results.get(f"start/{case.name}", {"systems": {}})["systems"]
         good = {name: item for name, item in systems.items() if "error" not in item}
         if OURS in good and len(good) > 1:
+            least = results[f"start/{case.name}"].get("python", {})
+            if "seconds" in least:
+                fastest = min(item["seconds"] for name, item in good.items() if name != OURS)
+                pythons[case.model] = f" (Python and numpy alone {least['seconds'] / fastest:.2f})"
             for shares, key in ((starts, "seconds"), (memories, "peak_bytes")):
                 shares[case.model] = good[OURS][key] / min(item[key] for name, item in good.items() if name != OURS)
     for text, shares, limit in (
@@ -97,7 +102,8 @@ def _shares(results: Results, cases: Sequence[Case], precision: str) -> Iterator
         ("peak memory as a share of the leanest peer's", memories, MOST_MEMORY),
     ):
         for model, value in shares.items():
-            yield Goal(f"{precision} {text}: {model}", value, limit, at_most=True)
+            why = pythons.get(model, "") if shares is starts else ""
+            yield Goal(f"{precision} {text}: {model}{why}", value, limit, at_most=True)
 
 
 def _matmuls(rows: Sequence[Mapping[str, Any]]) -> Iterator[Goal]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .cpu_units import SYSTEMS, TOLERANCES, Case
-from .cpu_worker import LIMITS
+from .cpu_worker import LIMITS, PYTHON
 from .process import Process
 from .state import State
 
@@ -212,8 +212,11 @@ class Bench:
         return {"systems": found, "limits": middle, **kernels}
 
     def start(self, case: Case, systems: Sequence[str], built: Sequence[str], folder: Path) -> dict[str, Any]:
-        """New processes up to their first output, in turns; the first, which fills the page cache, counts if alone."""
-        runs: dict[str, list[tuple[float, int]]] = {name: [] for name in built}
+        """New processes up to their first output, in turns; the first, which fills the page cache, counts if alone.
+
+        Among them processes that do nothing but start Python, import numpy and read the inputs.
+        """
+        runs: dict[str, list[tuple[float, int]]] = {name: [] for name in (*built, PYTHON)}
         found = {name: self.not_built(case, name) for name in systems if name not in built}
         say(f"{case.name}: starting each {self.starts + 1} times")
         for _ in range(self.starts + 1):
@@ -232,7 +235,7 @@ class Bench:
                 low, high = min(seconds), max(seconds)
                 middle = statistics.median(seconds)
                 found[name] = {"seconds": middle, "low": low, "high": high, "peak_bytes": statistics.median(peaks)}
-        return {"systems": found}
+        return {"python": found.pop(PYTHON), "systems": found}
 
     def start_one(self, case: Case, system: str, folder: Path) -> tuple[float, int] | str:
         """Seconds and bytes of one start, or what went wrong."""

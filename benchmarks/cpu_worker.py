@@ -2,6 +2,7 @@
 
     python -m benchmarks.cpu_worker                                            # asked in lines of JSON
     python -m benchmarks.cpu_worker SYSTEM FOLDER THREADS PRECISION            # up to the first output, once
+    python -m benchmarks.cpu_worker python FOLDER THREADS PRECISION            # up to the inputs, without any system
 
 Requests: ``{"load": {"system", "folder", "threads", "precision"}}`` loads, runs and compares with the reference;
 ``{"turn": seconds}`` gives the seconds of calls that follow each other; ``{"profile": calls}`` gives Tilewright's
@@ -20,6 +21,8 @@ from .cpu_systems import INPUTS, LOADERS, OUTPUTS, load_tilewright
 from .values import deviation, load_arrays
 
 LIMITS = "limits"
+PYTHON = "python"
+"""What stands for a process that starts Python, imports numpy and reads the inputs: no start is faster."""
 
 LONG_CALL = 0.25
 """Seconds of a call beside which finding the caches full of others' data is nothing."""
@@ -119,6 +122,10 @@ class Handler:
 def start_once(system: str, folder: str, threads: str, precision: str) -> None:
     """Print when the first output was there, by the clock that all processes share, and the peak of memory in bytes."""
     bind_to_processors(int(threads))
+    if system == PYTHON:
+        load_arrays(Path(folder) / INPUTS)
+        print(time.monotonic(), peak_bytes())
+        return
     runner = Runner(system, folder, int(threads), precision)
     runner.call(runner.inputs)
     moment = time.monotonic()

@@ -12,11 +12,11 @@
 #ifndef TW_MATH_H
 #define TW_MATH_H
 
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #include "tw_half.h"
+#include "tw_libm.h"
 #include "tw_trig.h"
 
 #define TW_LN2_HIGH 0x1.62e430p-1f /* log(2) as a sum of two floats */

@@ -11,7 +11,7 @@
 #ifndef TW_TRIG_H
 #define TW_TRIG_H
 
-#include <math.h>
+#include "tw_libm.h"
 
 #include "tw_half.h"
 

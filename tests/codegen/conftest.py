@@ -109,7 +109,7 @@ class Kernel:
 
 
 class Native:
-    """Renders, compiles (each distinct source once per session) and loads."""
+    """Renders, compiles (each distinct source once per session, whose workers share a folder) and loads."""
 
     Hole = Hole
 
@@ -154,19 +154,23 @@ class Native:
         key = hashlib.sha256("\0".join([source, *command]).encode()).hexdigest()[:20]
         library = self.folder / f"{key}.so"
         if not library.exists():
-            text = self.folder / f"{key}.c"
+            text, made = (self.folder / f"{key}-{os.getpid()}.{kind}" for kind in ("c", "so"))
             text.write_text(source)
-            command += [str(text), "-lm", "-o", str(library)]
+            command += [str(text), "-lm", "-o", str(made)]
             environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:6000]}\n{source}"
+            made.replace(library)
         return library
 
 
 @pytest.fixture(scope="session")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
     """Renders, compiles and loads kernels; see the module docstring."""
-    return Native(tmp_path_factory.mktemp("native"))
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "native"
+    folder.mkdir(exist_ok=True)
+    return Native(folder)
 
 
 @pytest.fixture(scope="session", autouse=True)

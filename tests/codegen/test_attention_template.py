@@ -9,9 +9,7 @@ import torch
 from tilewright.codegen.c.attention_blocks import attention_units, blocks
 from tilewright.runtime import sizes
 
-EVERY = pytest.mark.parametrize(
-    ("target", "compiler"), [("v3", "gcc"), ("v4", "gcc"), ("v3", "zig"), ("v4", "zig")], ids=lambda text: text
-)
+CASES = [(*case, kind) for case in (("v3", "gcc"), ("v4", "gcc")) for kind in ("full", "causal")]
 WORDS = pytest.mark.parametrize("target", ["v3", "v4base", "v4"])
 BOTH = pytest.mark.parametrize("target", ["v3", "v4"])
 PRELUDE = """const ELEMENT *restrict q = buf[0], *restrict k = buf[1], *restrict v = buf[2];
@@ -112,10 +110,10 @@ def check(got, expected, scores=16):
 
 
 SHAPES = [
-    # b, heads, key heads, sq, sk, d, dv
+    # b, heads, key heads, sq, sk, d, dv; a kernel for each pair of the last two
     (1, 1, 1, 1, 1, 1, 1),
-    (2, 3, 3, 5, 7, 8, 8),
-    (1, 2, 2, 100, 33, 20, 32),
+    (2, 3, 3, 5, 7, 64, 64),
+    (1, 2, 2, 100, 33, 64, 64),
     (1, 4, 2, 97, 129, 64, 64),
     (2, 6, 2, 31, 300, 33, 17),
     (1, 2, 1, 193, 128, 100, 70),
@@ -131,10 +129,10 @@ def test_matches_torch(native, target, shape):
     check(Attention(native, *shape[5:], target)(q, k, v), reference(q, k, v))
 
 
-@EVERY
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_interleaved_heads(native, target, compiler, causal):
+@pytest.mark.parametrize(("target", "compiler", "kind"), [*CASES, ("v3", "zig", "causal"), ("v4", "zig", "causal")])
+def test_interleaved_heads(native, target, compiler, kind):
     """Rows of a head lie apart, as a fused projection leaves them."""
+    causal = kind == "causal"
     shape = (2, 6, 2, 130, 300, 33, 17)
     q, k, v = inputs(*shape)
     attention = Attention(native, *shape[5:], target, compiler, causal, interleaved=True)
@@ -166,10 +164,10 @@ def test_heads_together(native, target, shape):
 
 @pytest.mark.sanitize("33-17-causal")
 @WORDS
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("d, dv", [(64, 64), (33, 17)], ids=str)
-def test_bfloat16(native, target, causal, d, dv):
+@pytest.mark.parametrize("d, dv, kind", [(64, 64, "full"), (33, 17, "full"), (33, 17, "causal")], ids=str)
+def test_bfloat16(native, target, d, dv, kind):
     """Exponentials are rounded to bfloat16, each by 2^-8 of itself at the most; all else is exact or float32."""
+    causal = kind == "causal"
     attention = Attention(native, d, dv, target, causal=causal, bf16=True, together=not causal)
     for shape in ((2, 4, 2, 1, 67, d, dv), (1, 4, 1, 70, 301, d, dv), (1, 2, 2, 13, 1, d, dv), (1, 2, 2, 2, 0, d, dv)):
         q, k, v = (torch.from_numpy(t).bfloat16().float().numpy() for t in inputs(*shape))
@@ -220,17 +218,19 @@ def test_masks(native, target, causal):
     got = Attention(native, d, d, target, causal=causal, mask="additive")(q, k, v, additive)
     check(got, reference(q, k, v, torch.from_numpy(seen)))
     assert (got[0, 1, 5] == 0).all()
+    if causal:
+        return  # a mask of another kind is another line of C, whatever follows it
 
     allowed = generator.random((b, sq, sk)) < 0.5
     allowed[:, :, :140] &= generator.random((b, sq, 1)) < 0.8  # rows whose first keys are all masked
     allowed[1, 7] = False
-    got = Attention(native, d, d, target, causal=causal, mask="bool")(q, k, v, allowed.astype(np.uint8))
-    check(got, reference(q, k, v, torch.from_numpy(allowed & triangle)[:, None]))
+    got = Attention(native, d, d, target, mask="bool")(q, k, v, allowed.astype(np.uint8))
+    check(got, reference(q, k, v, torch.from_numpy(allowed)[:, None]))
     assert (got[1, :, 7] == 0).all()
 
     lengths = np.arange(sk) < np.array([[150], [41]])
-    got = Attention(native, d, d, target, causal=causal, mask="keys")(q, k, v, lengths.astype(np.int64))
-    check(got, reference(q, k, v, torch.from_numpy(lengths[:, None, None, :] & triangle)))
+    got = Attention(native, d, d, target, mask="keys")(q, k, v, lengths.astype(np.int64))
+    check(got, reference(q, k, v, torch.from_numpy(lengths[:, None, None, :])))
 
 
 @BOTH
@@ -251,9 +251,9 @@ def test_large_and_special_scores(native, target):
     check(got[0, 0, good], reference(q, k, v, torch.from_numpy(mask))[0, 0, good])
 
 
-@EVERY
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_a_row_has_the_same_bits_alone_and_in_company(native, target, compiler, causal):
+@pytest.mark.parametrize(("target", "compiler", "kind"), [*CASES, ("v3", "zig", "full"), ("v4", "zig", "full")])
+def test_a_row_has_the_same_bits_alone_and_in_company(native, target, compiler, kind):
+    causal = kind == "causal"
     d, dv, sk = 40, 48, 300
     attention = Attention(native, d, dv, target, compiler, causal)
     q, k, v = inputs(2, 4, 2, 250, sk, d, dv)

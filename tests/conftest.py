@@ -36,11 +36,17 @@ torch.set_num_threads(1)  # the workers share two cores
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under sanitizers keep what ``@pytest.mark.sanitize`` asks for.
+    """Leave out what runs twice, and under sanitizers keep what ``@pytest.mark.sanitize`` asks for.
 
-    All cases of a test, or with words those whose names hold one of them; of the targets the one with short vectors
-    (the others take four times as long to compile with checks) and of the compilers gcc.
+    The target ``cpu`` is this machine, which may be one of the others by another name: then its cases are left out.
+
+    Sanitizers take all cases of a test, or with words those whose names hold one of them; of the targets the one with
+    short vectors (the others take four times as long to compile with checks) and of the compilers gcc.
     """
+    here, names = targets.parse("cpu", cpu.features()).name, {item.nodeid for item in items}
+    twins = [item for item in items if "cpu" in _chosen(item).values() and _named(item, here) in names]
+    config.hook.pytest_deselected(items=twins)
+    items[:] = [item for item in items if item not in twins]
     if not SANITIZED:
         return
 
@@ -51,11 +57,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return not mark.args or any(word in item.name for word in mark.args)
 
     def variant(item: pytest.Item) -> tuple[Any, Any]:
-        chosen = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        return chosen.get("target"), chosen.get("compiler")
+        return _chosen(item).get("target"), _chosen(item).get("compiler")
 
     config.hook.pytest_deselected(items=[item for item in items if not asked_for(item)])
     items[:] = [item for item in items if asked_for(item)]
+
+
+def _chosen(item: pytest.Item) -> dict[str, Any]:
+    """The values of a case's parameters that are texts."""
+    given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return {name: value for name, value in given.items() if isinstance(value, str)}
+
+
+def _named(item: pytest.Item, target: str) -> str:
+    """The name of the case that has a target in place of ``cpu``."""
+    name, _, case = item.nodeid.partition("[")
+    words = case.removesuffix("]").split("-")
+    return f"{name}[{'-'.join(target if word == 'cpu' else word for word in words)}]"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,15 +112,21 @@ def isolate() -> Callable[[Program], Program]:
     return run
 
 
+def runnable(target: str) -> list[targets.Target]:
+    """The targets, which are separated by commas; skips the test where the processor has none of them."""
+    chosen = [targets.parse(one, cpu.features()) for one in target.split(",")]
+    if not any(set(one.features) <= set(cpu.features()) for one in chosen):
+        pytest.skip(f"this processor cannot run {target}")
+    return chosen
+
+
 @pytest.fixture
 def build(tmp_path: Path) -> Iterator[Callable[..., Model]]:
     """Generate, compile and load programs that consist of regions, for targets separated by commas."""
     models: list[Model] = []
 
     def run(programs: Sequence[Program], target: str = "cpu", threads: int = 2) -> Model:
-        chosen = [targets.parse(one, cpu.features()) for one in target.split(",")]
-        if not any(set(one.features) <= set(cpu.features()) for one in chosen):
-            pytest.skip(f"this processor cannot run {target}")
+        chosen = runnable(target)
         generated: Generated = generate({"cpu": programs}, vector_bits=max(one.vector_bits for one in chosen))
         binaries = build_kernels(generated, chosen, find_compiler(), user_cache())
         path = write_artifact(
@@ -133,6 +157,7 @@ def compiled(build: Callable[..., Model], isolate: Callable[[Program], Program])
         target: str = "cpu",
         precision: str = "auto",
     ) -> Model:
+        runnable(target)  # before the work
         program = capture("main", module.eval(), args, {}, shapes)
         if passes:
             PassManager(pipeline(fusion_roles(), "cpu", precision)).run(program)

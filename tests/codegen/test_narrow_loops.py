@@ -47,7 +47,6 @@ class Forms(nn.Module):
 @pytest.mark.parametrize(
     ("target", "passes"),
     [("cpu:x86-64-v3", False), ("cpu:x86-64-v3", True), ("cpu:x86-64-v4", True), ("cpu", True)],
-    ids=["alone-v3", "fused-v3", "fused-v4", "fused-cpu"],
 )
 def test_any_mix_of_types(target, passes, compiled):
     """Every operator is a kernel of its own once: how a target converts does not depend on what a kernel holds."""

@@ -71,7 +71,8 @@ def _same(got, want, tolerance=2e-6):
 class Case:
     """A model, its example, its dimensions, and the sizes to compare at besides the example's.
 
-    Models that are ``large`` are not compiled without passes: every operator of theirs is in another one, too.
+    Models that are ``large`` are not compiled without passes: every operator of theirs is in another one, or among
+    those that are compiled one by one.
     """
 
     module: torch.nn.Module
@@ -106,16 +107,17 @@ def _image(module: torch.nn.Module, side: int, *batches: int, gain: float = 1.0)
 
 
 def _resnet50_in_small(patch: pytest.MonkeyPatch) -> Case:
-    patch.setattr(resnet, "STAGE_WIDTHS", (16, 20, 20, 32))
-    patch.setitem(resnet.VARIANTS, "resnet50", (resnet.bottleneck, (2, 1, 1, 1), 4))
-    return _image(resnet.ResNet("resnet50", classes=37), 48, 1, 3, gain=RELU_GAIN)
+    patch.setattr(resnet, "STAGE_WIDTHS", (16, 20, 32))
+    patch.setitem(resnet.VARIANTS, "resnet50", (resnet.bottleneck, (2, 1, 1), 4))
+    case = _image(resnet.ResNet("resnet50", classes=37), 48, 1, 3, gain=RELU_GAIN)
+    return replace(case, large=True)
 
 
 def _resnet18_in_small(patch: pytest.MonkeyPatch) -> Case:
-    patch.setattr(resnet, "STAGE_WIDTHS", (16, 20, 20, 32))
-    patch.setitem(resnet.VARIANTS, "resnet18", (resnet.basic, (2, 1, 1, 1), 1))
+    patch.setattr(resnet, "STAGE_WIDTHS", (16, 20))
+    patch.setitem(resnet.VARIANTS, "resnet18", (resnet.basic, (2, 1), 1))
     case = _image(resnet.ResNet("resnet18", classes=37), 48, 1, gain=RELU_GAIN)
-    return replace(case, large=True)  # no operator is new
+    return replace(case, large=True)
 
 
 def _mobilenet_in_small(patch: pytest.MonkeyPatch) -> Case:
@@ -132,7 +134,7 @@ def _unet_in_small(patch: pytest.MonkeyPatch) -> Case:
 def _vit_in_small(patch: pytest.MonkeyPatch) -> Case:
     for name, value in {"IMAGE": 48, "WIDTH": 48, "LAYERS": 2, "HEADS": 3, "HIDDEN": 100}.items():
         patch.setattr(vit, name, value)
-    return _image(vit.ViT(classes=37), 48, 1, 5)
+    return replace(_image(vit.ViT(classes=37), 48, 1, 5), large=True)
 
 
 def _bert_in_small(patch: pytest.MonkeyPatch) -> Case:
@@ -153,7 +155,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], Case]] = {
     "unet": _unet_in_small,
     "vit": _vit_in_small,
     "bert": _bert_in_small,
-    "gpt2_tiny": lambda patch: _registered("gpt2_tiny", {"batch": 1, "seq": 1}, {"batch": 3, "seq": 67}),
+    "gpt2_tiny": lambda patch: _registered("gpt2_tiny", {"batch": 1, "seq": 1}, {"batch": 3, "seq": 67}, large=True),
     "llama_tiny": lambda patch: _registered("llama_tiny", {"batch": 1, "seq": 1}, {"batch": 3, "seq": 67}),
     "bytelm": lambda patch: _registered("bytelm", {"batch": 1, "seq": 1}, {"batch": 2, "seq": 131}),
 }

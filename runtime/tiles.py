@@ -182,4 +182,4 @@ def traits_of(dtypes: Sequence[str], family: str) -> Traits:
     widths = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
     floats = [widths[dtype] for dtype in dtypes if dtype in widths]
     narrow = bool(floats) and min(floats) == 2
-    return Traits(min(floats, default=4), narrow and family in ("matmul", "convolution", "attention"))
+    return Traits(min(floats, default=4), narrow and family in ("matmul", "convolution", "attention", "quantized"))

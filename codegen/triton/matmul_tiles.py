@@ -51,7 +51,7 @@ class Extents:
         """The largest value of a size."""
         return sizes.bounds(size, self.ranges)[1]
 
-    def count(self, block_m: int, block_n: int) -> Size:
+    def count(self, block_m: int | str, block_n: int | str) -> Size:
         """Tiles of the result."""
         return sizes.mul(self.batch, sizes.ceildiv(self.m, block_m), sizes.ceildiv(self.n, block_n))
 
@@ -79,6 +79,11 @@ _PERSISTENT = (
 )
 # Without tensor cores every thread multiplies its own part of a block: that takes registers, not stages.
 _PLAIN = (_Block(64, 64, 16, 8, 2), _Block(32, 32, 32, 4, 2), _Block(128, 64, 16, 8, 2))
+# Products with quantized weights, whose rows are BLOCK_N; of terms these are the steps.
+_QUANTIZED = (_Block(64, 64, 128, 4, 3), _Block(128, 64, 128, 8, 3), _Block(32, 64, 128, 4, 3))
+_QUANTIZED_FEW = (_Block(16, 64, 128, 4, 4), _Block(16, 32, 128, 2, 4))
+_QUANTIZED_PLAIN = (_Block(64, 64, 128, 8, 2), _Block(32, 32, 128, 4, 2))
+_QUANTIZED_PLAIN_FEW = (_Block(16, 32, 128, 4, 3),)
 
 
 def matmul_tiles(extents: Extents, *, few: bool) -> tuple[Tile, ...]:
@@ -135,6 +140,27 @@ def matvec_tiles(extents: Extents, rows: int) -> tuple[Tile, ...]:
         )
         for number in columns
     )
+
+
+def quantized_tiles(extents: Extents, *, few: bool) -> tuple[Tile, ...]:
+    """The binaries of ``quantized.py.jinja``, all with the same constants.
+
+    Args:
+        extents: of the product; BLOCK_N counts rows of the weight.
+        few: whether it has at most :data:`FEW_ROWS` rows.
+    """
+    if extents.tensor_cores:
+        table = _QUANTIZED_FEW if few else _QUANTIZED
+    else:
+        table = _QUANTIZED_PLAIN_FEW if few else _QUANTIZED_PLAIN
+    split = _split(extents, table[0]) if few else 0
+    found = []
+    for block, parts in ((table[0], split), *((block, 1) for block in table)) if split else [(b, 0) for b in table]:
+        constants = {"BLOCK_M": block.m, "BLOCK_N": block.n} | ({"SPLIT_K": parts} if split else {})
+        values = tuple(TileConstant(key, value) for key, value in constants.items())
+        name = f"{block.m}x{block.n}w{block.warps}s{block.stages}" + f"k{parts}" * (parts > 1)
+        found.append(Tile(name, values, block.warps, block.stages))
+    return tuple(found)
 
 
 def partial_sums(extents: Extents, tiles: tuple[Tile, ...]) -> Size:

@@ -1,42 +1,44 @@
 """The quantized family: linear layers with weights of 4 or 8 bits, and rows of quantized tables.
 
-Weights become codes, scales and zero points of their own when the artifact is written (``quantized.py.jinja`` says how
-they lie), and are turned into numbers in the kernel. Activations stay floating point.
+Weights become codes, scales and zero points of their own when the artifact is written (``quantized_packing.py``), and
+are turned into numbers in the kernel. Activations stay floating point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
 from torch import fx
 
 from ...passes.graph.quantized_ops import QUANTIZED_EMBEDDING
-from ...passes.graph.quantized_rows import RowFormat
 from ...passes.graph.query import arguments
 from ...runtime import sizes
 from ...runtime.errors import CompileError
 from ...runtime.plan import Tile
 from ...runtime.sizes import Size
 from ..anchors import find_anchor
-from ..products import unflatten, unused_without
-from ..quantized import TARGETS, format_of, with_bias
+from ..products import COMPUTED, unflatten, unused_without
+from ..quantized import TARGETS, with_bias
 from ..regions import Frame, Made, Task
-from ..storage import Packing, Storage
-from ..values import reshape
+from ..storage import Storage
+from ..values import dtype_name, reshape
 from . import dialect
 from .anchors import Anchored
 from .attention_tiles import tile
 from .emit import Var
+from .frame import COUNTERS, Extra
+from .matmul_tiles import FEW_ROWS, Extents, partial_sums, quantized_tiles
+from .quantized_packing import Weight, step_terms, steps_of, weight_of
 
-CHUNK = 64
-"""Terms of a row that lie together; half of them share a scale at least."""
-
-_TYPES = ("float32", "float16", "bfloat16")
-_FEW = 16
+# Codes take the place of the last bits of a float whose last bit counts 1: integers, the float as one of them, the
+# floats, its value.
+_CARRIERS = {
+    "float32": ("tl.int32", "0x4B000000", "tl.float32", 1 << 23),
+    "float16": ("tl.int16", "0x6400", "tl.float16", 1 << 10),
+    "bfloat16": ("tl.int16", "0x4300", "tl.bfloat16", 1 << 7),
+}
 
 
 def quantized_family(task: Task) -> Sequence[Made]:
@@ -45,111 +47,99 @@ def quantized_family(task: Task) -> Sequence[Made]:
     return _embedding(task, anchor) if anchor.target == QUANTIZED_EMBEDDING else _linear(task, anchor)
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A weight as the kernels read it.
-
-    Attributes:
-        form: of its rows in the program.
-        rows: how many.
-        codes: storage of uint8 ``[rows, stride]``.
-        scales: storage ``[groups, rows]``, float16 for 4 bits, float32 for 8.
-        zeros: storage of uint8 ``[groups, rows]``; None in symmetric formats.
-    """
-
-    form: RowFormat
-    rows: int
-    codes: Storage
-    scales: Storage
-    zeros: Storage | None
-
-    @property
-    def storages(self) -> list[Storage]:
-        """All of it."""
-        return [self.codes, self.scales, *([] if self.zeros is None else [self.zeros])]
-
-    def context(self, frame: Frame) -> dict[str, Any]:
-        """What the templates need to know."""
-        form = self.form
-        return {
-            "bits": form.bits,
-            "group": form.group,
-            "groups": form.groups,
-            "zero": form.zero if form.symmetric else 0,
-            "CODES": frame.name(self.codes),
-            "STRIDE": self.codes.shape[1],
-            "SCALES": frame.name(self.scales),
-            "ZEROS": "" if self.zeros is None else frame.name(self.zeros),
-        }
-
-
 def _linear(task: Task, anchor: fx.Node) -> Sequence[Made]:
     given = arguments(anchor)
     if given["activations"] >= 0:
         raise CompileError(
             f"{anchor}: kernels on GPUs keep activations in floating point; compile with --activations float"
         )
-    weight = _weight(task, anchor, given)
-    most = sizes.bounds(sizes.product(_shape(task, anchor)[:-1]), task.symbols.ranges)
-    few = (tile(4, 3, BLOCK_M=16, BLOCK_N=64), tile(4, 3, BLOCK_M=16, BLOCK_N=128), tile(2, 4, BLOCK_M=16, BLOCK_N=32))
-    many = (
-        tile(4, 3, BLOCK_M=64, BLOCK_N=64),
-        tile(8, 3, BLOCK_M=128, BLOCK_N=64),
-        tile(4, 3, BLOCK_M=32, BLOCK_N=128),
-    )
-    if most[1] <= _FEW:
-        return [_product(task, anchor, weight, few, None)]
-    if most[0] > _FEW:
-        return [_product(task, anchor, weight, many, None)]
-    return [_product(task, anchor, weight, few, _FEW), _product(task, anchor, weight, many, None)]
+    weight = weight_of(task, anchor, given)
+    given_dtype = dtype_name(given["x"].meta["val"].dtype)
+    dtype = given_dtype if given_dtype in COMPUTED else "float32"
+    tensor_cores = dtype != "float32" or task.precision != "ieee"
+    m, ranges = sizes.product(_shape(task, anchor)[:-1]), task.symbols.ranges
+    extents = Extents(dtype, tensor_cores, 1, m, weight.rows, weight.form.columns, ranges)
+    forms: list[tuple[int | None, tuple[Tile, ...]]] = []
+    if extents.least(m) <= FEW_ROWS:
+        forms.append((FEW_ROWS, quantized_tiles(extents, few=True)))
+    if extents.most(m) > FEW_ROWS:
+        forms.append((None, quantized_tiles(extents, few=False)))
+    few = replace(extents, m=sizes.minimum(m, FEW_ROWS))
+    partials = sizes.maximum(0, *(partial_sums(few, tiles) for _, tiles in forms))
+    # All variants of a step have the same operands, so that the results have the same places.
+    extras: tuple[Extra, ...] = ()
+    if partials != 0:
+        scratch = Storage("buffer", (partials,), "float32", name=f"{task.node.name}_partials")
+        extras = (Extra("partials", scratch), Extra("counters", COUNTERS))
+    return [_product(task, anchor, weight, extents, limit, tiles, extras) for limit, tiles in forms]
 
 
-def _product(task: Task, anchor: fx.Node, weight: Weight, tiles: Sequence[Tile], limit: int | None) -> Made:
+def _product(
+    task: Task,
+    anchor: fx.Node,
+    weight: Weight,
+    extents: Extents,
+    limit: int | None,
+    tiles: Sequence[Tile],
+    extras: Sequence[Extra],
+) -> Made:
     """The kernel for at most so many rows (``None``: any number)."""
     given = arguments(anchor)
     work = Anchored(task, anchor, Frame(task, skip=unused_without(anchor, given["weight"]), extra=weight.storages))
-    kernel, shape = work.kernel, work.shape()
-    rows, n, columns = shape[:-1], weight.rows, weight.form.columns
-    m = sizes.product(rows)
+    kernel, rows, form = work.kernel, work.shape()[:-1], weight.form
+    m, n, columns = extents.m, weight.rows, form.columns
     for name, extent in (("m", m), ("n", n), ("k", columns)):
         kernel.variable(name, extent)
     value = work.operand(given["x"])
     assert value is not None
     flat = reshape(kernel, value, (m, columns))
-    dtype = value.dtype if value.dtype in _TYPES else "float32"
-    terms = f"(k < {columns})[None, :]" if columns % CHUNK else ""
-    places = {"m": Var("row[:, None]", ("BLOCK_M", "1")), "k": Var("k[None, :]", ("1", "32"), terms)}
+    depth, terms = 32 if extents.tensor_cores else 16, step_terms(form)
+    inside = f"(k < {columns})[:, None]" if columns % terms else ""
+    places = {"m": Var("row[None, :]", ("1", "BLOCK_M")), "k": Var("k[:, None]", (str(depth), "1"), inside)}
     scope = work.scope(places)
-    text = scope.raw(kernel.builder.cast(flat.at(("m", "k")), value.compute), dtype)
-    scope.lines.append(f"x = tl.where({terms}, {text}, 0.0)" if terms else f"x = {text}")
+    text = scope.raw(kernel.builder.cast(flat.at(("m", "k")), value.compute), extents.dtype)
+    scope.lines.append(f"x = tl.where({inside}, {text}, 0.0)" if inside else f"x = {text}")
     index = (*unflatten(kernel, "m", rows), "n")
     results = {
-        "m": Var("m[:, None]", ("BLOCK_M", "1"), f"(m < {_text(m)})[:, None]"),
-        "n": Var("n[None, :]", ("1", "BLOCK_N"), f"(n < {n})[None, :]"),
+        "m": Var("m[None, :]", ("1", "BLOCK_M"), f"(m < {_text(m)})[None, :]"),
+        "n": Var("n[:, None]", ("BLOCK_N", "1"), f"(n < {n})[:, None]"),
     }
+    split = "SPLIT_K" in tiles[0].values()
     return work.made(
         "quantized.py.jinja",
         family="quantized",
-        units=sizes.mul(sizes.ceildiv(m, "BLOCK_M"), sizes.ceildiv(n, "BLOCK_N")),
+        units=sizes.mul(extents.count("BLOCK_M", "BLOCK_N"), "SPLIT_K" if split else 1),
         flops=sizes.mul(m, n, columns, 2),
         tiles=tiles,
+        extras=extras,
         sizes_used=(m, n, columns),
-        guard=1 if limit is None else sizes.compare("le", m, limit),
+        guard=1 if limit is None or extents.most(m) <= limit else sizes.compare("le", m, limit),
         M=_text(m),
         N=n,
-        K=columns,
-        STEPS=-(-columns // CHUNK),
+        STEPS=steps_of(form),
+        terms=terms,
+        depth=depth,
+        span=next(span for span in (terms, 64, 32) if form.group % span == 0),
+        clamp=form.group > 0 and steps_of(form) * terms > form.groups * form.group,
+        split=split,
         read_x=work.text(scope),
-        type=dialect.TYPES[dtype],
+        type=dialect.TYPES[extents.dtype],
         precision=task.precision,
-        epilogue=work.epilogue(index, results, with_bias(work, given["bias"], index), ("BLOCK_M", "BLOCK_N")),
+        epilogue=work.epilogue(index, results, with_bias(work, given["bias"], index), ("BLOCK_N", "BLOCK_M")),
+        **_carrier(extents.dtype, form.bits),
         **weight.context(work.frame),
     )
 
 
+def _carrier(dtype: str, bits: int) -> dict[str, Any]:
+    """How codes become numbers: in the dtype of the operands, but bytes have more bits than a bfloat16's fraction."""
+    names = ("bits_type", "above", "float_type", "base")
+    return dict(zip(names, _CARRIERS["float32" if dtype == "bfloat16" and bits == 8 else dtype], strict=True))
+
+
 def _embedding(task: Task, anchor: fx.Node) -> Sequence[Made]:
     given = arguments(anchor)
-    weight = _weight(task, anchor, given)
+    weight = weight_of(task, anchor, given)
     work = Anchored(task, anchor, Frame(task, skip=unused_without(anchor, given["weight"]), extra=weight.storages))
     kernel, shape = work.kernel, work.shape()
     columns, m = weight.form.columns, sizes.product(shape[:-1])
@@ -179,70 +169,6 @@ def _embedding(task: Task, anchor: fx.Node) -> Sequence[Made]:
             **weight.context(work.frame),
         )
     ]
-
-
-def _weight(task: Task, anchor: fx.Node, given: Mapping[str, Any]) -> Weight:
-    """The weight of an operator, packed.
-
-    Raises:
-        CompileError: it is not known when compiling, or in groups that are not made of half chunks.
-    """
-    form = format_of(given)
-    if form.group % (CHUNK // 2):
-        raise CompileError(
-            f"{anchor}: weights in groups of {form.group} columns have no kernel on GPUs; choose groups of 32, 64 or "
-            f"128, or one scale per row (0)"
-        )
-    node = given["weight"]
-    storage = task.storage_of(node) if isinstance(node, fx.Node) and node.op == "placeholder" else None
-    if storage is None or storage.recipe is None or not isinstance(storage.shape[0], int):
-        raise CompileError(f"{anchor}: a quantized weight must be known when the model is compiled")
-    rows = storage.shape[0]
-    name = f"q{form.bits}g{form.group}" + ("" if form.symmetric else "z")
-    stride = -(-form.columns // CHUNK) * CHUNK * form.bits // 8
-    side = (form.groups, rows)
-    return Weight(
-        form,
-        rows,
-        task.packed(storage, Packing(f"{name}codes", (rows, stride), lambda array: pack_codes(array, form), "uint8")),
-        task.packed(
-            storage,
-            Packing(
-                f"{name}scales",
-                side,
-                lambda array: pack_scales(array, form),
-                "float16" if form.bits == 4 else "float32",
-            ),
-        ),
-        None
-        if form.symmetric
-        else task.packed(storage, Packing(f"{name}zeros", side, lambda array: pack_zeros(array, form), "uint8")),
-    )
-
-
-def pack_codes(rows: np.ndarray, form: RowFormat) -> np.ndarray:
-    """Rows (uint8 ``[N, row_bytes]``) as codes in chunks of 64 terms; terms beyond the last have the code of 0."""
-    codes = form.split(torch.from_numpy(rows)).codes.numpy().view(np.uint8)
-    chunks = -(-form.columns // CHUNK)
-    filled = np.full((len(rows), chunks * CHUNK), form.zero, np.uint8)
-    filled[:, : form.columns] = codes
-    if form.bits == 8:
-        return filled
-    halves = filled.reshape(len(rows), chunks, 2, CHUNK // 2)
-    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(len(rows), -1)
-
-
-def pack_scales(rows: np.ndarray, form: RowFormat) -> np.ndarray:
-    """The scales of rows, whose bytes come as numbers of the scales' type: ``[groups, N]``."""
-    scales = form.split(torch.from_numpy(rows.astype(np.uint8))).scales.numpy()
-    return np.ascontiguousarray(scales.T).astype(rows.dtype)
-
-
-def pack_zeros(rows: np.ndarray, form: RowFormat) -> np.ndarray:
-    """The zero points of rows: ``[groups, N]``."""
-    zeros = form.split(torch.from_numpy(rows)).zeros
-    assert zeros is not None
-    return np.ascontiguousarray(zeros.numpy().view(np.uint8).T)
 
 
 def _shape(task: Task, anchor: fx.Node) -> tuple[Size, ...]:

@@ -87,8 +87,28 @@ def test_refuses_what_has_no_kernel(lowered):
         lowered(Linear(64, 8, 4, 16, True), (x,), passes=True, families=FAMILIES)
 
 
-def test_compiles_for_gpus(lowered, compile_cubin):
-    module = Linear(256, 128, 4, 32, True, bias=False)
-    model = lowered(module, (torch.randn(64, 256).to(BF16),), passes=True, families=FAMILIES)
-    for kernel in model.kernels.values():
-        compile_cubin.good(kernel.text, kernel.name, kernel.signature, kernel.tiles[0])
+def test_shares_long_rows(lowered):
+    """Programs that make a part of a sum each, with columns that fill no step; the counters are zero again."""
+    module = Linear(1100, 20, 4, 32, False)
+    x = torch.randn(3, 1100)
+    model = lowered(module, (x,), passes=True, families=FAMILIES)
+    (step,) = model.plan.steps
+    parts = [tile.values()["SPLIT_K"] for tile in step.variants[0].tiles]
+    assert parts[0] > 1 and 1 in parts
+    for tile in range(len(parts)):
+        (got,) = model(x, tile=tile)
+        want = module.exact(x).detach()
+        assert float((got.double() - want).abs().max() / want.abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "symmetric"), [(F32, True), (BF16, False)], ids=str)
+def test_compiles_for_gpus(lowered, compile_cubin, dtype, symmetric):
+    """The default tiles for few and for many rows, in products of scalars and of tensor cores."""
+    module = Linear(256, 64, 4, 32, symmetric)
+    shapes = ({0: torch.export.Dim("rows", min=1, max=64)},)
+    model = lowered(module, (torch.randn(20, 256).to(dtype),), shapes, passes=True, families=FAMILIES)
+    (step,) = model.plan.steps
+    archs = ("sm_80", "sm_90") if dtype == F32 else ("sm_90", "sm_80")
+    for variant, arch in zip(step.variants, archs, strict=True):
+        kernel = model.kernels[variant.kernel]
+        compile_cubin.good(kernel.text, kernel.name, kernel.signature, kernel.tiles[0], arch)

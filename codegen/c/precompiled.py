@@ -1,5 +1,7 @@
 """The processor's intrinsics, precompiled: their header takes as long to read as a kernel takes to compile.
 
+With GCC, kernels for AVX2 read parts of it (``tw_intrinsics.h``), which takes no longer; this is for all others.
+
 A precompiled header fits exactly one compiler and set of flags. This process makes each on the first compilation with
 two sources that need it, and keeps it in a temporary directory until it ends. The objects are the same, byte for byte.
 """
@@ -37,9 +39,11 @@ class Precompiled:
             wanting: how many sources will be compiled with them now. One alone is no reason to make a header.
 
         Returns:
-            No options where a header is not worth it, or this compiler makes none: sources include it anyway.
+            No options where a header is not worth it, or this compiler makes none: sources include what they need.
         """
         key = tuple(command)
+        if kind == "gcc" and not any("x86-64-v4" in flag for flag in command):
+            return ()
         with self._lock:
             header = self._headers.get(key)
             gone = header is not None and not header.exists()  # what is temporary may be tidied up by others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tilewright.codegen.c.toolchain import COMPILE_FLAGS, INCLUDE_DIRECTORY, Sou
 from tilewright.codegen.targets import parse
 
 TEXT = '#include "tw_sums.h"\nfloat total(const float *x) {{ return x[0] + {number}; }}\n'
-TARGET = parse("cpu:x86-64-v3", frozenset())
+TARGET = parse("cpu:x86-64-v4", frozenset())
 
 
 @pytest.fixture(params=["gcc", "zig"])
@@ -43,6 +44,17 @@ def test_objects_are_the_same(compiler):
     assert compile_objects(compiler, sources, TARGET) == without, "it may be tidied up by others"
     broken = (*compiler.command, "-no-such-flag"), compiler.kind, 2
     assert toolchain.PRECOMPILED.options(*broken) == () == toolchain.PRECOMPILED.options(*broken)
+
+
+def test_gcc_reads_little_for_avx2(compiler):
+    """Where parts of the header are enough, nothing is precompiled, and only they are read."""
+    target = parse("cpu:x86-64-v3", frozenset())
+    sources = [Source(f"k{number}", TEXT.format(number=number)) for number in range(2)]
+    compile_objects(compiler, sources, target)
+    assert len(made()) == (compiler.kind != "gcc")
+    command = (*compiler.command, *target.flags(compiler.kind), "-I", str(INCLUDE_DIRECTORY), "-E", "-x", "c", "-")
+    read = subprocess.run(command, input='#include "tw_sums.h"\n', capture_output=True, text=True, check=True).stdout
+    assert "_mm256_permutevar8x32_epi32" in read and ("_mm512_add_ps" in read) == (compiler.kind != "gcc")
 
 
 def test_finds_out_who_needs_them():

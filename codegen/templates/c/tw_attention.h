@@ -10,8 +10,7 @@
 #ifndef TW_ATTENTION_H
 #define TW_ATTENTION_H
 
-#include <immintrin.h>
-
+#include "tw_intrinsics.h"
 #include "tw_math.h"
 #include "tw_simd.h"
 #include "tw_sums.h"

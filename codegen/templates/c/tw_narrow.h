@@ -5,7 +5,7 @@
 #include "tw_half.h"
 
 #if defined(__AVX512BF16__)
-#include <immintrin.h>
+#include "tw_intrinsics.h"
 #endif
 
 /* to[0..count) = from[0..count). AVX-512 BF16 takes subnormal numbers as zeros.

@@ -23,8 +23,7 @@
 #ifndef TW_QUANTIZED_H
 #define TW_QUANTIZED_H
 
-#include <immintrin.h>
-
+#include "tw_intrinsics.h"
 #include "tw_simd.h"
 
 #define TW_STEP_K 32    /* terms of a step */

@@ -4,8 +4,7 @@
 #ifndef TW_SUMS_H
 #define TW_SUMS_H
 
-#include <immintrin.h>
-
+#include "tw_intrinsics.h"
 #include "tw_simd.h"
 
 #define TW_TERMS 256 /* terms that are computed before they are added */

@@ -22,9 +22,8 @@
 #ifndef TW_WORDS_H
 #define TW_WORDS_H
 
-#include <immintrin.h>
-
 #include "tw_half.h"
+#include "tw_intrinsics.h"
 #include "tw_simd.h"
 
 typedef uint32_t tw_words __attribute__((vector_size(TW_LANES * 4)));

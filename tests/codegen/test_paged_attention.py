@@ -206,6 +206,25 @@ def test_faults(native, target):
             np.testing.assert_array_equal(got[:2], whole[:2])
 
 
+@BOTH
+def test_numbers_that_are_not_finite_stay_with_their_sequence(native, target):
+    """Whatever stands in one sequence's blocks and queries, in any place of a step, the others have the same bits."""
+    paged = Paged(native, 2, 2, 24, target, bf16=True)
+    lengths = [(70, 2), (100, 40), (33, 1), (5, 5)]
+    clean = Step(lengths, 2, 24, True)
+    q = clean.queries(4, 24)
+    whole = paged(clean, q)
+    for bad in range(len(lengths)):
+        step, given = Step(lengths, 2, 24, True), q.copy()
+        where = slice(step.starts[bad], step.starts[bad + 1])
+        blocks = torch.from_numpy(step.table[bad, : -(-lengths[bad][0] // BLOCK)]).long()
+        step.values[blocks], step.keys[blocks], given[where] = torch.inf, -torch.inf, np.nan
+        got = paged(step, given)
+        assert not np.isfinite(got[where]).any()
+        others = np.delete(np.arange(len(q)), np.arange(len(q))[where])
+        np.testing.assert_array_equal(got[others], whole[others])
+
+
 def test_units():
     """Every sequence finds slots for all its tokens."""
     generator = np.random.default_rng(3)

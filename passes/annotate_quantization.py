@@ -4,22 +4,24 @@ Before:  linear(x, w)
 After:   linear(x, w)        meta["quantize"] = how w is to be stored, where the recipe asks for it
 
 Refuses weights that are not constant, are no floating-point matrix, have fewer columns than a group, or are those of a
-convolution. A weight that an embedding and a product share is annotated once for each: each may be stored in its own
-way.
+convolution; numbers that are not finite are an error. A weight that an embedding and a product share is annotated once
+for each: each may be stored in its own way.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
+from ..runtime.errors import CompileError
 from .base import Pass, Report
 from .graph.edit import tensor_shape
 from .graph.match import aten
 from .graph.program import Program
 from .graph.quantization import Kind, Layer, Ledger, Recipe, WeightSpec
-from .graph.query import calls, is_call, is_constant
+from .graph.query import calls, is_call, is_constant, tensor_of
 
 # Operator → position of its weight, and whether the weight's rows are columns of the result (x @ w).
 PRODUCTS: dict[Any, tuple[int, bool]] = {
@@ -46,7 +48,11 @@ class AnnotateQuantization(Pass):
         self.ledger = ledger if ledger is not None else Ledger()
 
     def run(self, program: Program, report: Report) -> None:
-        """Look at every operator with a weight, in graph order."""
+        """Look at every operator with a weight, in graph order.
+
+        Raises:
+            CompileError: a weight that is to be quantized has numbers that are not finite.
+        """
         for node in calls(program.graph, (*PRODUCTS, *_CONVOLUTIONS, aten.embedding.default)):
             if SPEC in node.meta:
                 continue
@@ -65,6 +71,7 @@ class AnnotateQuantization(Pass):
                 report.refuse(node, f"{name}: {reason}")
                 self.ledger.layers.append(Layer(name, kind, spec, shape, reason))
             else:
+                _check_finite(weight, name)
                 node.meta[SPEC] = spec
                 node.meta[LAYERS] = (Layer(name, kind, spec, shape),)
                 report.change(node, f"{name}: {spec}, activations {spec.activation_name}")
@@ -76,6 +83,22 @@ def name_of(constant: fx.Node) -> str:
     while node.op != "get_attr" and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return str(node.meta.get("source", node.target))
+
+
+def _check_finite(weight: fx.Node, name: str) -> None:
+    """Look at the numbers that a weight is made of now: it is quantized after the kernels have been compiled."""
+    pending = [weight]
+    while pending:
+        node = pending.pop()
+        pending += node.all_input_nodes
+        numbers = tensor_of(node)
+        if numbers is None or not numbers.is_floating_point() or not numbers.numel():
+            continue
+        if not all(bool(torch.isfinite(limit)) for limit in torch.aminmax(numbers)):
+            raise CompileError(
+                f"the weight {name} has numbers that are not finite, which cannot be quantized; mend it, or leave it "
+                f'as it is with a recipe file that begins with {{"{name}": "none", ...}}'
+            )
 
 
 def _matrix(node: fx.Node, weight: fx.Node) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from tilewright.passes.fold_constants import FoldConstants
 from tilewright.passes.fuse_projections import FuseProjections
 from tilewright.passes.graph.quantization import Ledger, WeightSpec, read_recipe
 from tilewright.passes.graph.quantized_ops import DEQUANTIZE, QUANTIZE_WEIGHT, QUANTIZED_LINEAR, rounded_rows
-from tilewright.runtime.errors import UsageError
+from tilewright.runtime.errors import CompileError, UsageError
 
 
 class Model(nn.Module):
@@ -161,6 +161,16 @@ def test_refuses(exported, refusals):
 def test_recipes_that_are_none(text, match):
     with pytest.raises(UsageError, match=match):
         read_recipe(text)
+
+
+def test_names_a_weight_that_is_not_finite(exported):
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Linear(8, 8))
+    layers[0].weight.data[3, 5] = torch.inf
+    with pytest.raises(CompileError, match=r"weight 0\.weight .* not finite.*none"):
+        convert(exported(layers, torch.randn(2, 64)), "int8")
+    layers[1].weight.data[0, 0] = torch.nan  # which is not asked for
+    layers[0].weight.data[3, 5] = 1.0
+    convert(exported(layers, torch.randn(2, 64)), '{"1.*": "none", "*": "int8"}')
 
 
 def test_names_and_specs():

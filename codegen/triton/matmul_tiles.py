@@ -80,10 +80,10 @@ _PERSISTENT = (
 # Without tensor cores every thread multiplies its own part of a block: that takes registers, not stages.
 _PLAIN = (_Block(64, 64, 16, 8, 2), _Block(32, 32, 32, 4, 2), _Block(128, 64, 16, 8, 2))
 # Products with quantized weights, whose rows are BLOCK_N; of terms these are the steps.
-_QUANTIZED = (_Block(64, 64, 128, 4, 3), _Block(128, 64, 128, 8, 3), _Block(32, 64, 128, 4, 3))
-_QUANTIZED_FEW = (_Block(16, 64, 128, 4, 4), _Block(16, 32, 128, 2, 4))
-_QUANTIZED_PLAIN = (_Block(64, 64, 128, 8, 2), _Block(32, 32, 128, 4, 2))
-_QUANTIZED_PLAIN_FEW = (_Block(16, 32, 128, 4, 3),)
+_QUANTIZED: tuple[_Block, ...] = (_Block(64, 64, 128, 4, 3), _Block(128, 64, 128, 8, 3), _Block(32, 64, 128, 4, 3))
+_QUANTIZED_FEW: tuple[_Block, ...] = (_Block(16, 64, 128, 4, 4), _Block(16, 32, 128, 2, 4))
+_QUANTIZED_PLAIN: tuple[_Block, ...] = (_Block(64, 64, 128, 8, 2), _Block(32, 32, 128, 4, 2))
+_QUANTIZED_PLAIN_FEW: tuple[_Block, ...] = (_Block(16, 32, 128, 4, 3),)
 
 
 def matmul_tiles(extents: Extents, *, few: bool) -> tuple[Tile, ...]:
@@ -149,10 +149,8 @@ def quantized_tiles(extents: Extents, *, few: bool) -> tuple[Tile, ...]:
         extents: of the product; BLOCK_N counts rows of the weight.
         few: whether it has at most :data:`FEW_ROWS` rows.
     """
-    if extents.tensor_cores:
-        table = _QUANTIZED_FEW if few else _QUANTIZED
-    else:
-        table = _QUANTIZED_PLAIN_FEW if few else _QUANTIZED_PLAIN
+    tensor, plain = (_QUANTIZED_FEW, _QUANTIZED_PLAIN_FEW) if few else (_QUANTIZED, _QUANTIZED_PLAIN)
+    table = tensor if extents.tensor_cores else plain
     split = _split(extents, table[0]) if few else 0
     found = []
     for block, parts in ((table[0], split), *((block, 1) for block in table)) if split else [(b, 0) for b in table]:

@@ -59,7 +59,7 @@ class Weight:
             "bits": form.bits,
             "group": form.group,
             "groups": form.groups,
-            "zero": stored(form, form.zero),
+            "zero": form.zero + added(form),
             "CODES": frame.name(self.codes),
             "SCALES": frame.name(self.scales),
             "ZEROS": "" if self.zeros is None else frame.name(self.zeros),
@@ -108,21 +108,21 @@ def steps_of(form: RowFormat) -> int:
     return -(-form.columns // step_terms(form))
 
 
-def stored(form: RowFormat, code: int) -> int:
-    """The byte that stands for a code."""
-    return code + 128 if form.bits == 8 else code
+def added(form: RowFormat) -> int:
+    """What is added to a code, or a zero point, to make its byte."""
+    return 128 if form.bits == 8 else 0
 
 
 def pack_codes(rows: np.ndarray, form: RowFormat) -> np.ndarray:
     """Rows (uint8 ``[N, row_bytes]``) as codes in units; terms beyond the last have the code of 0."""
-    codes = form.split(torch.from_numpy(rows)).codes.numpy().astype(np.int16)
+    codes = form.split(torch.from_numpy(rows)).codes.numpy().astype(np.int16) + added(form)
     units, n = steps_of(form) * step_terms(form) * form.bits // (8 * UNIT), len(rows)
-    filled = np.full((n, units * UNIT * 8 // form.bits), stored(form, form.zero), np.uint8)
-    filled[:, : form.columns] = stored(form, codes)  # type: ignore[arg-type]
+    terms = np.full((n, units * UNIT * 8 // form.bits), form.zero + added(form), np.uint8)
+    terms[:, : form.columns] = codes
     if form.bits == 4:
-        halves = filled.reshape(n, units, 2, UNIT)
-        filled = halves[:, :, 0] | (halves[:, :, 1] << 4)
-    return np.ascontiguousarray(filled.reshape(n, units, UNIT).swapaxes(0, 1))
+        halves = terms.reshape(n, units, 2, UNIT)
+        terms = halves[:, :, 0] | (halves[:, :, 1] << 4)
+    return np.ascontiguousarray(terms.reshape(n, units, UNIT).swapaxes(0, 1))
 
 
 def pack_scales(rows: np.ndarray, form: RowFormat) -> np.ndarray:
@@ -135,4 +135,4 @@ def pack_zeros(rows: np.ndarray, form: RowFormat) -> np.ndarray:
     """The zero points of rows: ``[groups, N]``."""
     zeros = form.split(torch.from_numpy(rows)).zeros
     assert zeros is not None
-    return np.ascontiguousarray(stored(form, zeros.numpy().astype(np.int16)).T).astype(np.uint8)  # type: ignore[arg-type]
+    return np.ascontiguousarray((zeros.numpy().astype(np.int16) + added(form)).T).astype(np.uint8)

@@ -18,7 +18,9 @@ from .c.toolchain import Compiler
 from .c.tuning import Tuner, Tunings
 from .c.winograd_selection import Decision, select_winograd
 from .cache import Cache
-from .lower import KernelSource, KernelTable, Lowered, lower
+from .kernel_table import KernelSource, KernelTable
+from .lower import lower
+from .lowered import Lowered
 from .regions import Family
 from .storage import ConstantTable
 from .targets import GpuTarget, Target

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..codegen.lower import output_names
+from ..codegen.outputs import output_names
 from ..passes.annotate_quantization import LAYERS
 from ..passes.graph.edit import insert_constant
 from ..passes.graph.program import Program

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..codegen.lower import output_names
+from ..codegen.outputs import output_names
 from ..passes.base import Report
 from ..passes.graph.program import Program
 from ..passes.graph.regions import is_region

@@ -14,7 +14,7 @@ from ...runtime import sizes
 from ...runtime.plan import Plan, Ref, Variant
 from ..artifact import TargetBinaries
 from ..cache import Cache
-from ..lower import KernelSource
+from ..kernel_table import KernelSource
 from ..targets import Target
 from .description import description, size_text, symbol_lines, text
 from .toolchain import INCLUDE_DIRECTORY, Compiler, Source, compile_objects, link_shared

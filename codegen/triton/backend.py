@@ -12,7 +12,7 @@ from ...runtime.gpus import ARCHITECTURES
 from ...runtime.plan import Buffer, Constant, Plan, Port, Ref, StateBuffer
 from ..artifact import TargetBinaries
 from ..cache import Cache
-from ..lower import KernelSource
+from ..kernel_table import KernelSource
 from ..targets import GpuTarget
 from .compiler import ArchitectureBinaries, Compiled, compile_for, headers
 from .dialect import POINTERS

@@ -23,7 +23,7 @@ from ...runtime.errors import CompileError
 from ...runtime.gpus import Architecture
 from ...runtime.plan import Tile
 from ..cache import Cache, key_of
-from ..lower import KernelSource
+from ..kernel_table import KernelSource
 from .pool import SCRIPT, Pool, find_triton
 from .ptx import check_abi, parse_log
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import tilewright
 from tilewright.codegen.c import families
-from tilewright.codegen.lower import KernelTable, lower
+from tilewright.codegen.kernel_table import KernelTable
+from tilewright.codegen.lower import lower
 from tilewright.codegen.roles import fusion_roles
 from tilewright.codegen.storage import ConstantTable
 from tilewright.compiler.options import Entry

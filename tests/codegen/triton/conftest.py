@@ -30,7 +30,8 @@ import pytest
 import torch
 
 from tilewright.codegen.architectures import architecture
-from tilewright.codegen.lower import KernelSource, KernelTable, lower
+from tilewright.codegen.kernel_table import KernelSource, KernelTable
+from tilewright.codegen.lower import lower
 from tilewright.codegen.regions import Family
 from tilewright.codegen.roles import fusion_roles
 from tilewright.codegen.storage import ConstantTable

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tilewright.codegen.lower import KernelSource, KernelTable, lower
+from tilewright.codegen.kernel_table import KernelSource, KernelTable
+from tilewright.codegen.lower import lower
 from tilewright.codegen.storage import ConstantTable
 from tilewright.codegen.triton.attention import attention_family
 from tilewright.codegen.triton.attention_tiles import LEAST_SPLIT, MOST_KEYS, decode_tiles, tiles

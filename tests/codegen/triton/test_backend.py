@@ -3,7 +3,7 @@
 import pytest
 
 from tilewright.codegen.architectures import architecture
-from tilewright.codegen.lower import KernelSource
+from tilewright.codegen.kernel_table import KernelSource
 from tilewright.codegen.targets import GpuTarget
 from tilewright.codegen.triton.backend import build, check_calls, sources
 from tilewright.codegen.triton.compiler import headers

@@ -12,7 +12,7 @@ import pytest
 
 from tilewright.codegen.architectures import architecture
 from tilewright.codegen.cache import Cache
-from tilewright.codegen.lower import KernelSource
+from tilewright.codegen.kernel_table import KernelSource
 from tilewright.codegen.triton import compiler, pool, ptx
 from tilewright.codegen.triton.compiler import Job, compile_for, compile_jobs
 from tilewright.codegen.triton.pool import Pool

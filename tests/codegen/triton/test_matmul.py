@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tilewright.codegen.lower import KernelTable, lower
+from tilewright.codegen.kernel_table import KernelTable
+from tilewright.codegen.lower import lower
 from tilewright.codegen.storage import ConstantTable
 from tilewright.codegen.triton.matmul import matmul_family
 from tilewright.compiler.capture import capture

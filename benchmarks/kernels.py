@@ -1,12 +1,12 @@
-"""Speed of matrix, convolution and attention kernels, beside PyTorch and the processor's multiply-add limit.
+"""Speed of matrix, quantized, convolution and attention kernels, beside PyTorch and the processor's multiply-add limit.
 
     python -m benchmarks.kernels [--target cpu:x86-64-v3] [--only resnet] [--threads 1,2] [--seconds 0.5]
     python -m benchmarks.kernels --json build/kernels.json    # for benchmarks.cpu --report --kernels build/kernels.json
 
 Every row is measured in turns with PyTorch, best of many; the limit is measured again beside every row, with as many
 threads. Weights stay in cache where they fit. Attention of one row counts bytes of keys and values, in GB/s beside the
-limit of reading memory, and so does decoding over a paged cache. Two threads each run half of the work units, without
-waiting in between.
+limit of reading memory, and so do decoding over a paged cache and one row times a quantized weight. Two threads each
+run half of the work units, without waiting in between.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from .kernels_attention import Attention, decoding, prompts
 from .kernels_case import POINTERS, Case, random
 from .kernels_convolution import convolutions
 from .kernels_paged import Paged, paged
+from .kernels_quantized import Quantized, quantized
 from .kernels_winograd import winograd_layers
 from .limits import build, loops, timed
 
@@ -59,13 +60,12 @@ def main() -> None:
     )
     rows: list[dict[str, str | int | float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        cases = [
-            case for case in every_case(packing.panel_of(target.vector_bits)) if re.search(options.only, case.name)
-        ]
+        wanted = re.compile(options.only).search
+        cases = [case for case in every_case(packing.panel_of(target.vector_bits), wanted) if wanted(case.name)]
         limits = loops(target, Path(folder), reading=any(is_read(case) for case in cases))
         for case in cases:
             limit = limits["read"] if is_read(case) else limits.get(case.dtype, limits["float32"])
-            amount = case.bytes if isinstance(case, Attention | Paged) and is_read(case) else case.flops
+            amount = case.flops if isinstance(case, Case) or not case.reads else case.bytes
             kernel = build(case.source, target, Path(folder))
             line = f"{case.name:34}"
             for count in counts:
@@ -87,12 +87,12 @@ def main() -> None:
         options.json.write_text(json.dumps(versions | {"rows": rows}, indent=1) + "\n")
 
 
-def run(kernel: Callable[..., None], case: Case | Attention | Paged, threads: int) -> float:
+def run(kernel: Callable[..., None], case: Case | Attention | Paged | Quantized, threads: int) -> float:
     """Seconds for all units of a case, from the first thread's start to the last one's end."""
     return timed(kernel, case.arrays, case.units, threads, repeats_for(case, threads))
 
 
-def run_torch(case: Case | Attention | Paged, threads: int) -> float:
+def run_torch(case: Case | Attention | Paged | Quantized, threads: int) -> float:
     """Seconds for PyTorch's operator."""
     repeats = repeats_for(case, threads)
     with torch.inference_mode():
@@ -102,23 +102,27 @@ def run_torch(case: Case | Attention | Paged, threads: int) -> float:
         return (time.perf_counter() - start) / repeats
 
 
-def repeats_for(case: Case | Attention | Paged, threads: int) -> int:
+def repeats_for(case: Case | Attention | Paged | Quantized, threads: int) -> int:
     """Calls in one measurement: long against the clock, short against a busy machine's time slices."""
     return max(1, (20_000_000 if threads == 1 else 200_000_000) // case.flops)
 
 
-def every_case(panel: int) -> Iterator[Case | Attention | Paged]:
-    """Layers, their products with panels of so many columns, then attention in both types."""
+def every_case(panel: int, wanted: Callable[[str], object]) -> Iterator[Case | Attention | Paged | Quantized]:
+    """Layers, their products with panels of so many columns, then quantized ones, then attention in both types.
+
+    What takes long to make is left out where its name is not wanted.
+    """
     yield from layers(panel)
+    yield from quantized(wanted)
     for bf16 in (False, True):
         yield from prompts(bf16=bf16)
         yield from decoding(bf16=bf16)
         yield from paged(bf16=bf16)
 
 
-def is_read(case: Case | Attention | Paged) -> bool:
+def is_read(case: Case | Attention | Paged | Quantized) -> bool:
     """Whether reading memory limits a case."""
-    return isinstance(case, Attention | Paged) and case.reads
+    return isinstance(case, Attention | Paged | Quantized) and case.reads
 
 
 def layers(panel: int) -> Iterator[Case]:

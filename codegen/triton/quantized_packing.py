@@ -117,7 +117,7 @@ def pack_codes(rows: np.ndarray, form: RowFormat) -> np.ndarray:
     """Rows (uint8 ``[N, row_bytes]``) as codes in units; terms beyond the last have the code of 0."""
     codes = form.split(torch.from_numpy(rows)).codes.numpy().astype(np.int16) + added(form)
     units, n = steps_of(form) * step_terms(form) * form.bits // (8 * UNIT), len(rows)
-    terms = np.full((n, units * UNIT * 8 // form.bits), form.zero + added(form), np.uint8)
+    terms: np.ndarray = np.full((n, units * UNIT * 8 // form.bits), form.zero + added(form), np.uint8)
     terms[:, : form.columns] = codes
     if form.bits == 4:
         halves = terms.reshape(n, units, 2, UNIT)

@@ -30,6 +30,7 @@ from .anchors import Anchored, c_size
 from .quantized_packing import (
     STEP,
     block_rows,
+    code_bytes,
     group_steps,
     panel_bytes,
     quantized_packing,
@@ -67,7 +68,7 @@ def _linear(task: Task, anchor: fx.Node) -> Sequence[Made]:
     else:
         context["read_x"] = work.read(flat, ("m", "k"), ("m",), "k", "x_value")
     index = (*unflatten(kernel, "m", rows), "n")
-    block = block_rows(columns, quantized=shared > 0, gathered="read_x" in context)
+    block = block_rows(columns, codes=code_bytes(form.bits) if shared else 0, gathered="read_x" in context)
     code = work.code(
         "quantized_matmul.c.jinja",
         family="quantized",

@@ -26,7 +26,7 @@ from .packing import PANEL
 
 STEP = 32
 """Terms of a step."""
-SCRATCH = 192 << 10
+SCRATCH = 512 << 10
 """Most bytes of stack for a block of rows."""
 BLOCKS = (64, 48, 32, 24, 16, 12, 8, 4, 2, 1)
 """Numbers of rows that are multiplied while a panel is in cache."""
@@ -104,21 +104,31 @@ def _by_panel(values: np.ndarray, panels: int, groups: int) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(panels, PANEL, groups).transpose(0, 2, 1))
 
 
-def row_bytes(columns: int, *, quantized: bool, gathered: bool) -> int:
+def code_bytes(bits: int) -> int:
+    """Bytes of an activation's code beside weights of so many bits: AVX2 multiplies numbers of 8 bits as 16."""
+    return 2 if bits == 8 else 1
+
+
+def row_bytes(columns: int, *, codes: int, gathered: bool) -> int:
     """Bytes of stack that a row of activations takes: its codes, scales and sums, or its floats if gathered."""
-    if quantized:
-        return steps_of(columns) * (STEP + 8)
+    if codes:
+        return steps_of(columns) * (STEP * codes + 8)
     return columns * 4 if gathered else 0
 
 
-def block_rows(columns: int, *, quantized: bool, gathered: bool) -> int:
+def block_rows(columns: int, *, codes: int, gathered: bool) -> int:
     """Most rows of activations in a block, so that they fit the stack.
+
+    Args:
+        columns: of a row.
+        codes: bytes of a code of a quantized activation; 0 where rows stay floating point.
+        gathered: whether rows are computed as they are read, not read in place.
 
     Raises:
         CompileError: not even one does.
     """
-    each = row_bytes(columns, quantized=quantized, gathered=gathered) + PANEL * 4
-    spare = SCRATCH - (columns * 4 if quantized and gathered else 0)
+    each = row_bytes(columns, codes=codes, gathered=gathered) + PANEL * 4
+    spare = SCRATCH - (columns * 4 if codes and gathered else 0)
     for rows in BLOCKS:
         if rows * each <= spare:
             return rows

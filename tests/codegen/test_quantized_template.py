@@ -6,6 +6,7 @@ import torch
 
 from tilewright.codegen.c.quantized_packing import (
     block_rows,
+    code_bytes,
     group_steps,
     pack_quantized,
     panel_bytes,
@@ -17,7 +18,7 @@ from tilewright.passes.graph.quantized_rows import RowFormat
 
 TARGETS = ("v3", "v4base", "v4")
 EVERY = pytest.mark.parametrize(("target", "compiler"), [*((target, "gcc") for target in TARGETS), ("v3", "zig")])
-ROWS = (0, 1, 3, 4, 5, 7, 33)
+ROWS = (0, 1, 3, 4, 5, 7, 33, 43)
 FORMATS = {
     "int4-g32": (4, 32, True, 32),
     "int4-g64-z": (4, 64, False, 32),
@@ -52,7 +53,7 @@ def activations_of(m, k, seed):
 def kernel_of(native, form, n, activations, target, compiler="gcc", *, direct=True, block=None):
     """y[m, n] = x @ w.T + bias, rows of x three elements further apart than they are long, M in dim[0]."""
     k, shared = form.columns, activations // 32 or steps_of(form.columns)
-    per_row = block_rows(k, quantized=activations >= 0, gathered=not direct)
+    per_row = block_rows(k, codes=code_bytes(form.bits) if activations >= 0 else 0, gathered=not direct)
     if direct:
         x = {"x_direct": True, "x_base": "x", "x_stride": k + 3}
     else:
@@ -96,9 +97,9 @@ def exact(x, rows, form, activations):
 @pytest.mark.sanitize("int4-g64-z-v3-gcc", "int8-v3-gcc", "float-v3-gcc", "int8-g64-z-v3-gcc")
 @EVERY
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("n", "k"), [(70, 299)], ids=[""])
+@pytest.mark.parametrize(("n", "k"), [(70, 555)], ids=[""])
 def test_product(native, target, compiler, name, n, k):
-    """Few rows and many, in blocks of 8, alone and together; columns and terms end inside a panel and a step."""
+    """Few rows and many, in blocks of 16, alone and together; columns and terms end inside a panel and a step."""
     bits, group, symmetric, activations = FORMATS[name]
     form = RowFormat(k, bits, group, symmetric)
     if compiler == "zig" and name not in ("int4-g64-z", "int8", "int8-float"):
@@ -106,7 +107,7 @@ def test_product(native, target, compiler, name, n, k):
     rows = weight_of(n, k, bits, group, symmetric, seed=1)
     packed = pack_quantized(rows.numpy(), form)
     bias = np.linspace(-1, 1, n, dtype=np.float32)
-    call = kernel_of(native, form, n, activations, target, compiler, direct=group != 64, block=8)
+    call = kernel_of(native, form, n, activations, target, compiler, direct=group != 64, block=16)
     for m in ROWS:
         x = activations_of(m, k, seed=m)
         got = call(x.numpy(), packed, bias)

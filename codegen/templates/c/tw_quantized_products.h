@@ -1,0 +1,307 @@
+/* Products of quantized rows and a panel of quantized weights (tw_quantized.h says how both lie).
+ *
+ * A step's products are summed exactly; the sums of steps are added up in float32 in the order of k, as
+ * (sum of code * x - zero * sum of x) * (weight's scale * row's scale). What a row gives depends neither on the rows beside
+ * it nor on where a chunk of steps ends.
+ *
+ * Codes of 4 bits are multiplied unsigned (vpmaddubsw): 8 products of two fit 16 bits, 8 * 2 * 15 * 127 < 2^15. Of 8 bits,
+ * AVX2 multiplies terms of 16 bits (vpmaddwd), which no sum of two overflows: there the instructions that change signs and
+ * multiply share two units, so two of those for 16 products are faster than three for 32. AVX-512 changes the signs of
+ * activations, |w| * (sign(w) * x), and one product of two fits, 2 * 127 * 127 < 2^15. VNNI sums four products in 32 bits
+ * at once; there codes of 8 bits are offset by 128 and the zero point with them.
+ *
+ * A few rows meet the panel as it lies, at the memory's speed. With more, AVX2 spreads a chunk of it out first, once for
+ * all rows (tw_quantized_tiles.h).
+ */
+#ifndef TW_QUANTIZED_PRODUCTS_H
+#define TW_QUANTIZED_PRODUCTS_H
+
+#include "tw_quantized.h"
+
+#define TW_AHEAD_Q 8192 /* bytes that are fetched ahead of a panel's stream */
+
+#if TW_LANES == 16
+#define TW_HALVES 1 /* passes over a step */
+typedef __m512i tw_q;
+#define TW_APART_Q(half) (half) /* bytes between the two vectors that go together */
+#define TW_LOAD_Q(p) _mm512_loadu_si512(p)
+#define TW_WORD_Q(p) _mm512_set1_epi32(tw_word_q(p))
+#define TW_BYTES_Q(b) _mm512_set1_epi8(b)
+#define TW_AND_Q(a, b) _mm512_and_si512(a, b)
+#define TW_HIGH_Q(a) _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15))
+#define TW_ADD16_Q(a, b) _mm512_add_epi16(a, b)
+#define TW_ADD32_Q(a, b) _mm512_add_epi32(a, b)
+#define TW_PAIRS_Q(a, b) _mm512_maddubs_epi16(a, b)
+#define TW_WIDEN_Q(a) _mm512_madd_epi16(a, _mm512_set1_epi16(1))
+#define TW_ABS_Q(a) _mm512_abs_epi8(a)
+#define TW_SIGN_Q(a, sign) _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(sign), _mm512_setzero_si512(), a)
+#define TW_FLOAT_Q(a) ((tw_vec)_mm512_cvtepi32_ps(a))
+#define TW_KEEP_Q(a, b) __asm__("" : "+v"(a), "+v"(b))
+#define TW_FOR_EACH_ROWS_Q(X, KIND) X(KIND, 1) X(KIND, 2) X(KIND, 3) X(KIND, 4) X(KIND, 5) X(KIND, 6) X(KIND, 7) X(KIND, 8)
+#define TW_SWITCH_ROWS_Q(function, rows, ...) \
+    switch (rows) { \
+        TW_CASE(function, 1, __VA_ARGS__) TW_CASE(function, 2, __VA_ARGS__) TW_CASE(function, 3, __VA_ARGS__) \
+        TW_CASE(function, 4, __VA_ARGS__) TW_CASE(function, 5, __VA_ARGS__) TW_CASE(function, 6, __VA_ARGS__) \
+        TW_CASE(function, 7, __VA_ARGS__) TW_CASE(function, 8, __VA_ARGS__) \
+    }
+#else
+#define TW_HALVES 2
+typedef __m256i tw_q;
+#define TW_APART_Q(half) 32
+#define TW_LOAD_Q(p) _mm256_loadu_si256((const __m256i *)(p))
+#define TW_WORD_Q(p) _mm256_set1_epi32(tw_word_q(p))
+#define TW_BYTES_Q(b) _mm256_set1_epi8(b)
+#define TW_AND_Q(a, b) _mm256_and_si256(a, b)
+#define TW_HIGH_Q(a) _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15))
+#define TW_ADD16_Q(a, b) _mm256_add_epi16(a, b)
+#define TW_ADD32_Q(a, b) _mm256_add_epi32(a, b)
+#define TW_PAIRS_Q(a, b) _mm256_maddubs_epi16(a, b)
+#define TW_WIDEN_Q(a) _mm256_madd_epi16(a, _mm256_set1_epi16(1))
+#define TW_EVEN_Q(a) _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8)
+#define TW_ODD_Q(a) _mm256_srai_epi16(a, 8)
+#define TW_FLOAT_Q(a) ((tw_vec)_mm256_cvtepi32_ps(a))
+#define TW_KEEP_Q(a, b) __asm__("" : "+x"(a), "+x"(b))
+#define TW_FEW_ROWS_Q 4 /* rows that meet a panel as it lies */
+#define TW_FOR_EACH_ROWS_Q(X, KIND) X(KIND, 1) X(KIND, 2) X(KIND, 3) X(KIND, 4)
+#define TW_SWITCH_ROWS_Q(function, rows, ...) \
+    switch (rows) { \
+        TW_CASE(function, 1, __VA_ARGS__) TW_CASE(function, 2, __VA_ARGS__) \
+        TW_CASE(function, 3, __VA_ARGS__) TW_CASE(function, 4, __VA_ARGS__) \
+    }
+#endif
+
+static inline int32_t tw_word_q(const int8_t *p) {
+    int32_t word;
+    memcpy(&word, p, sizeof word);
+    return word;
+}
+
+/* What a tile of rows fetches while it goes over a half step (AVX-512: a step): lines [first, last) of what lies `bytes`
+ * further. Tiles that go over the same chunk share the lines of the next one, because fetching takes as long as loading. */
+typedef struct {
+    int64_t bytes, first, last;
+} tw_ahead;
+
+static inline void tw_prefetch_q(const uint8_t *from, tw_ahead ahead) {
+    for (int64_t line = ahead.first; line < ahead.last; line++) {
+        _mm_prefetch((const char *)from + ahead.bytes + line * 64, _MM_HINT_T0);
+    }
+}
+
+/* Tile t of `tiles`. The first one also takes the line before, which may be a header. */
+static inline tw_ahead tw_ahead_of(int64_t t, int64_t tiles, int64_t step_bytes) {
+    const int64_t lines = step_bytes / TW_HALVES / 64;
+    return (tw_ahead){TW_AHEAD_Q, t == 0 ? -1 : lines * t / tiles, lines * (t + 1) / tiles};
+}
+
+/* Sums of row r: two vectors side by side. The barrier keeps compilers from adding products to each other first, which
+ * takes more registers than there are. */
+#define TW_TERMS_Q(r, word, DOT, i, j) \
+    { \
+        const tw_q one = TW_WORD_Q(codes + ((word) * tw_r + r) * 4); \
+        x##r = DOT(x##r, one, i), y##r = DOT(y##r, one, j); \
+        TW_KEEP_Q(x##r, y##r); \
+    }
+#define TW_ZERO_Q(r) tw_q x##r = TW_BYTES_Q(0), y##r = x##r;
+/* Weights of 4 bits without zero points of their own: see tw_place_codes. */
+#define TW_START_Q(r) tw_q x##r = zeros ? TW_BYTES_Q(0) : TW_WORD_Q((const int8_t *)(row_sums + r)), y##r = x##r;
+
+#if defined(__AVX512VNNI__)
+#define TW_DOT_int4(sum, x, i) _mm512_dpbusd_epi32(sum, u##i, x)
+#define TW_SUM_int4(sum) sum
+#define TW_DOT_int8(sum, x, i) _mm512_dpbusd_epi32(sum, u##i, x)
+#define TW_UNSIGNED_int8(w) _mm512_xor_si512(w, _mm512_set1_epi8((char)0x80))
+#elif TW_LANES == 16
+#define TW_DOT_int4(sum, x, i) TW_ADD16_Q(sum, TW_PAIRS_Q(u##i, x))
+#define TW_SUM_int4(sum) TW_WIDEN_Q(sum)
+#define TW_DOT_int8(sum, x, i) TW_ADD32_Q(sum, TW_WIDEN_Q(TW_PAIRS_Q(u##i, TW_SIGN_Q(x, w##i))))
+#define TW_UNSIGNED_int8(w) TW_ABS_Q(w)
+#else
+#define TW_DOT_int4(sum, x, i) TW_ADD16_Q(sum, TW_PAIRS_Q(u##i, x))
+#define TW_SUM_int4(sum) TW_WIDEN_Q(sum)
+#define TW_DOT_int8(sum, x, i) TW_ADD32_Q(sum, _mm256_madd_epi16(u##i, x))
+#endif
+#define TW_SUM_int8(sum) sum
+#define TW_FIRST_int4(r) TW_TERMS_Q(r, 0, TW_DOT_int4, 0, 1)
+#define TW_SECOND_int4(r) TW_TERMS_Q(r, 1, TW_DOT_int4, 0, 1)
+#define TW_FIRST_int8(r) TW_TERMS_Q(r, 0, TW_DOT_int8, 0, 1)
+#define TW_SECOND_int8(r) TW_TERMS_Q(r, 1, TW_DOT_int8, 0, 1)
+
+/* What a half at `at` (AVX-512: both) adds to the sums of ROWS rows, from `codes` on. */
+#define TW_TERMS_int4(ROWS) \
+    for (int64_t p = 0; p < 4; p++, at += 64, codes += 8 * ROWS) { \
+        const tw_q w0 = TW_LOAD_Q(at), w1 = TW_LOAD_Q(at + TW_APART_Q(TW_HALF_int4)); \
+        { \
+            const tw_q u0 = TW_AND_Q(w0, TW_BYTES_Q(15)), u1 = TW_AND_Q(w1, TW_BYTES_Q(15)); \
+            TW_REPEAT_##ROWS(TW_FIRST_int4) \
+        } \
+        { \
+            const tw_q u0 = TW_HIGH_Q(w0), u1 = TW_HIGH_Q(w1); \
+            TW_REPEAT_##ROWS(TW_SECOND_int4) \
+        } \
+    }
+#if TW_LANES == 16
+#define TW_TERMS_int8(ROWS) \
+    for (int64_t p = 0; p < 8; p++, at += 64, codes += 4 * ROWS) { \
+        const tw_q w0 = TW_LOAD_Q(at), w1 = TW_LOAD_Q(at + TW_APART_Q(TW_HALF_int8)); \
+        const tw_q u0 = TW_UNSIGNED_int8(w0), u1 = TW_UNSIGNED_int8(w1); \
+        TW_REPEAT_##ROWS(TW_FIRST_int8) \
+    }
+#else
+#define TW_TERMS_int8(ROWS) \
+    for (int64_t p = 0; p < 8; p++, at += 64, codes += 8 * ROWS) { \
+        const tw_q w0 = TW_LOAD_Q(at), w1 = TW_LOAD_Q(at + TW_APART_Q(TW_HALF_int8)); \
+        { \
+            const tw_q u0 = TW_EVEN_Q(w0), u1 = TW_EVEN_Q(w1); \
+            TW_REPEAT_##ROWS(TW_FIRST_int8) \
+        } \
+        { \
+            const tw_q u0 = TW_ODD_Q(w0), u1 = TW_ODD_Q(w1); \
+            TW_REPEAT_##ROWS(TW_SECOND_int8) \
+        } \
+    }
+#endif
+
+/* sums[r][column] += both scales times (the step's sum - zero point * sum of the row's codes). */
+#define TW_ADD_TO_int4(r) TW_ADD_TO(r, int4, zeros || TW_LANES == 16)
+#define TW_ADD_TO_int8(r) TW_ADD_TO(r, int8, zeros || TW_OFFSET_int8)
+#define TW_ADD_TO(r, KIND, LESS) \
+    { \
+        float *const to = sums + r * TW_PANEL + n; \
+        const float scale = row_scales[r], total = (float)((LESS) ? row_sums[r] : 0); \
+        tw_vec f0 = TW_FLOAT_Q(TW_SUM_##KIND(x##r)), f1 = TW_FLOAT_Q(TW_SUM_##KIND(y##r)); \
+        if (LESS) f0 -= z0 * total, f1 -= z1 * total; \
+        tw_store(to, tw_load(to) + f0 * (s0 * scale)), tw_store(to + TW_LANES, tw_load(to + TW_LANES) + f1 * (s1 * scale)); \
+    }
+#if TW_LANES == 16
+#define TW_BEGIN_int4 TW_ZERO_Q
+#else
+#define TW_BEGIN_int4 TW_START_Q
+#endif
+#define TW_BEGIN_int8 TW_ZERO_Q
+
+/* Steps [from, end) of a panel, in groups of `per`, with a tile of ROWS rows, given from step `from` on; sums[r][32] is
+ * added to. */
+#define TW_DEFINE_Q(KIND, ROWS) \
+    static __attribute__((unused, noinline)) void tw_quantized_##KIND##_##ROWS( \
+        const int8_t *tile, const float *row_scales, const int32_t *row_sums, const uint8_t *panel, int64_t from, \
+        int64_t end, int64_t per, int zeros, tw_ahead ahead, float *sums) { \
+        enum { tw_r = ROWS }; \
+        TW_FOR_EACH_STEP(KIND, TW_OFFSET_##KIND) \
+            for (int64_t half = 0; half < TW_HALVES; half++) { \
+                const uint8_t *at = step + half * TW_HALF_##KIND; \
+                const int8_t *codes = tile; \
+                const int64_t n = half * 16; \
+                tw_prefetch_q(at, ahead); \
+                TW_REPEAT_##ROWS(TW_BEGIN_##KIND) \
+                TW_TERMS_##KIND(ROWS) \
+                const tw_vec s0 = tw_load(scales + n), s1 = tw_load(scales + n + TW_LANES); \
+                const tw_vec z0 = tw_load(points + n), z1 = tw_load(points + n + TW_LANES); \
+                __asm__ volatile("" ::: "memory"); /* sums stay in memory */ \
+                TW_REPEAT_##ROWS(TW_ADD_TO_##KIND) \
+            } \
+            tile += TW_STEP_K * TW_CODE_BYTES_##KIND * ROWS, row_scales += ROWS, row_sums += ROWS; \
+        TW_END_OF_STEPS \
+    }
+TW_FOR_EACH_ROWS_Q(TW_DEFINE_Q, int4)
+TW_FOR_EACH_ROWS_Q(TW_DEFINE_Q, int8)
+
+/* The same for one scale per column and row, of 8 bits: totals[r][32] stay integers, with the offset of codes in them. */
+#if TW_LANES == 16
+#define TW_ADD_INTS(to, sum) _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), sum))
+#else
+#define TW_ADD_INTS(to, sum) \
+    _mm256_storeu_si256((__m256i *)(to), _mm256_add_epi32(_mm256_loadu_si256((const __m256i *)(to)), sum))
+#endif
+#define TW_ADD_WHOLE(r) \
+    TW_ADD_INTS(totals + r * TW_PANEL + n, x##r); \
+    TW_ADD_INTS(totals + r * TW_PANEL + n + TW_LANES, y##r);
+#define TW_DEFINE_WHOLE(KIND, ROWS) \
+    static __attribute__((unused, noinline)) void tw_whole_##KIND##_##ROWS( \
+        const int8_t *tile, const uint8_t *panel, int64_t steps, tw_ahead ahead, int32_t *totals) { \
+        enum { tw_r = ROWS }; \
+        for (int64_t s = 0; s < steps; s++, panel += TW_STEP_BYTES(KIND)) { \
+            for (int64_t half = 0; half < TW_HALVES; half++) { \
+                const uint8_t *at = panel + half * TW_HALF_##KIND; \
+                const int8_t *codes = tile; \
+                const int64_t n = half * 16; \
+                tw_prefetch_q(at, ahead); \
+                TW_REPEAT_##ROWS(TW_ZERO_Q) \
+                TW_TERMS_##KIND(ROWS) \
+                __asm__ volatile("" ::: "memory"); \
+                TW_REPEAT_##ROWS(TW_ADD_WHOLE) \
+            } \
+            tile += TW_STEP_K * TW_CODE_BYTES_##KIND * ROWS; \
+        } \
+    }
+TW_FOR_EACH_ROWS_Q(TW_DEFINE_WHOLE, int8)
+
+#if TW_LANES == 8
+#include "tw_quantized_tiles.h"
+#define TW_IF_MANY_ROWS(product, ...) \
+    if (x->rows > TW_FEW_ROWS_Q) { \
+        product(__VA_ARGS__); \
+        return; \
+    }
+#else
+#define TW_IF_MANY_ROWS(product, ...)
+#endif
+
+/* sums[rows][32] += the products with a panel, for any number of rows. Where there are several tiles, they go over a
+ * number of steps that stays in the first-level cache. */
+#define TW_CHUNK_Q 16
+#define TW_DEFINE_PRODUCT_Q(KIND) \
+    static inline void tw_product_##KIND( \
+        const tw_quantized *x, const uint8_t *panel, int64_t per, int zeros, float *sums) { \
+        TW_IF_MANY_ROWS(tw_spread_product_##KIND, x, panel, per, zeros, sums) \
+        const int64_t tiles = tw_tiles_q(x->rows), chunk = tiles > 1 ? TW_CHUNK_Q : x->steps; \
+        for (int64_t from = 0, end; from < x->steps; from = end) { \
+            end = tw_smaller(from + chunk, x->steps); \
+            for (int64_t t = 0; t < tiles; t++) { \
+                const tw_tile_q tile = tw_tile_at_q(x->rows, t); \
+                const int64_t at = tile.first * x->steps + from * tile.rows; \
+                TW_SWITCH_ROWS_Q( \
+                    tw_quantized_##KIND##_, tile.rows, x->codes + at * TW_STEP_K * TW_CODE_BYTES_##KIND, x->scales + at, \
+                    x->sums + at, panel, from, end, per, zeros, tw_ahead_of(t, tiles, TW_STEP_BYTES(KIND)), \
+                    sums + tile.first * TW_PANEL) \
+            } \
+        } \
+    }
+TW_DEFINE_PRODUCT_Q(int4)
+TW_DEFINE_PRODUCT_Q(int8)
+
+/* totals[rows][32] += the products with a panel that is one group, as integers. */
+static inline void tw_product_whole_int8(const tw_quantized *x, const uint8_t *panel, int32_t *totals) {
+    TW_IF_MANY_ROWS(tw_spread_product_whole_int8, x, panel, totals)
+    const int64_t tiles = tw_tiles_q(x->rows), chunk = tiles > 1 ? TW_CHUNK_Q : x->steps;
+    for (int64_t from = 0, end; from < x->steps; from = end) {
+        end = tw_smaller(from + chunk, x->steps);
+        for (int64_t t = 0; t < tiles; t++) {
+            const tw_tile_q tile = tw_tile_at_q(x->rows, t);
+            const int64_t at = tile.first * x->steps + from * tile.rows;
+            TW_SWITCH_ROWS_Q(
+                tw_whole_int8_, tile.rows, x->codes + at * TW_STEP_K * TW_CODE_BYTES_int8,
+                panel + TW_HEADER_BYTES(int8, 0) + from * TW_STEP_BYTES(int8), end - from,
+                tw_ahead_of(t, tiles, TW_STEP_BYTES(int8)), totals + tile.first * TW_PANEL)
+        }
+    }
+}
+
+/* In place: totals of a row become floats, times both scales. */
+static inline void tw_scale_whole_int8(const tw_quantized *x, int64_t row, const uint8_t *panel, int32_t *totals) {
+    const float *const scales = (const float *)panel;
+    const tw_tile_q tile = tw_tile_of_q(x->rows, row);
+    const int64_t at = tile.first * x->steps + row - tile.first;
+    const float scale = x->scales[at];
+    int32_t offset = 0;
+    for (int64_t s = 0; TW_OFFSET_int8 && s < x->steps; s++) {
+        offset += TW_OFFSET_int8 * x->sums[at + s * tile.rows];
+    }
+#pragma omp simd
+    for (int64_t n = 0; n < TW_PANEL; n++) {
+        const float total = (float)(totals[n] - offset) * (scales[n] * scale);
+        memcpy(totals + n, &total, sizeof total);
+    }
+}
+
+#endif

@@ -27,8 +27,9 @@ types: $(VENV)/.dev
 	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/tilewright
 	MYPYPATH=$(VENV)/types $(BIN)/mypy --package tilewright
 
+# A file's tests go to one worker, which makes the models that they share once. Folders of short files come last.
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The sanitizer's library has to be there before Python allocates anything.
 sanitize: $(VENV)/.dev

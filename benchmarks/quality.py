@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from tilewright.compiler.copies import reference_of
 from tilewright.compiler.sources import open_source
-from tilewright.compiler.verification import reference_of
 from tilewright.models import bytelm
 from tilewright.passes.annotate_quantization import AnnotateQuantization
 from tilewright.passes.base import Report

@@ -31,24 +31,28 @@ from ..passes.pipeline import pipeline
 from ..runtime.cpu import features
 from ..runtime.model import load
 from ..runtime.plan import Plan
+from .copies import reference_of
 from .frontends import Loaded
 from .mapped import release
 from .options import CompileOptions, Entry, Task
 from .precision import applied, cache_type, precision_on
-from .quantization import Watch, describe, deviation
+from .quantization import Watch, describe
 from .samples import sample_sizes
 from .sources import load_source, open_source
 from .support import Unsupported, find_unsupported, require_supported
 from .targets import Targets, device_kinds, parse_targets
 from .verification import (
+    A_PASS,
+    Expected,
     OutputError,
-    first_divergence,
-    reference_of,
+    expect,
     require_equal,
-    verify_outputs,
-    verify_program,
+    require_right,
     why_not_here,
 )
+
+# Bytes of weights beyond which an artifact gives back what it has read of them after every step of its verification.
+LARGE = 1 << 30
 
 Progress = Callable[[str, str], None]  # (phase, what it is at)
 Rewritten = dict[str, list[Program]]  # kind of device -> its programs after the passes, one per entry point
@@ -154,7 +158,8 @@ class Compilation:
         self.precision: dict[str, str] = {}  # by kind of device, once the source has been captured
         self.ledger = Ledger()
         self.watch = Watch(keep=options.verify != "off")
-        self.quantized: dict[str, list[Program]] = {}  # by kind of device: programs where their weights are quantized
+        self.annotated: dict[str, list[Program]] = {}  # by kind of device: programs before weights are quantized
+        self.deviations: dict[str, dict[str, float]] = {}  # how far quantization moves outputs, by entry point
         self._progress = progress or (lambda phase, detail: None)
 
     @cached_property
@@ -172,6 +177,7 @@ class Compilation:
         compiler = find_compiler() if chosen.cpu else None
         if chosen.cuda:
             find_triton()
+        self.watch.folder = output.absolute().parent
         captured = self.capture(source, args, kwargs, shapes, entries, inputs)
         references = [reference_of(program) for program in captured] if self.options.verify != "off" else []
         programs, records = self.rewrite(captured)
@@ -240,16 +246,16 @@ class Compilation:
                         pipeline(fusion_roles(device), device, precision, recipe, self.ledger), dump_dir=folder,
                         verify=self.options.verify == "passes", disabled=self.options.disable_passes,
                         stop_after=self.options.stop_after, precision=precision, progress=detail,
-                        after_approximate=partial(self._keep, device=device),
+                        before_approximate=partial(self._keep, device=device),
                     )  # fmt: skip
                     records[plan_name(program.name, device)] = manager.run(program)
                 self.watch.follow(programs[device])
         return programs, records
 
     def _keep(self, program: Program, device: str) -> None:
-        """Keep what later passes and kernels are verified against where weights are quantized."""
+        """Keep what passes and kernels are verified against where weights are quantized."""
         if self.options.verify != "off":
-            self.quantized.setdefault(device, []).append(reference_of(program))
+            self.annotated.setdefault(device, []).append(reference_of(program))
 
     def check(self, programs: Rewritten) -> list[Unsupported]:
         """What of rewritten programs cannot be compiled; lowers them to find what operators alone do not tell."""
@@ -288,14 +294,9 @@ class Compilation:
         if recipe is not None:
             found["quantization"] = {
                 "asked": recipe.text, "activations": self.options.activations,
-                "layers": describe([self.ledger], self.watch.errors), "deviation": self._deviations(references),
+                "layers": describe([self.ledger], self.watch.errors), "deviation": self.deviations,
             }  # fmt: skip
         return found
-
-    def _deviations(self, references: Sequence[Program]) -> dict[str, dict[str, float]]:
-        """How far quantization moves the outputs of each entry point, apart from what kernels add."""
-        quantized = next(iter(self.quantized.values()), [])
-        return {one.name: deviation(one, other) for one, other in zip(references, quantized, strict=False)}
 
     def verify(
         self, path: Path, references: Sequence[Program], lowered: Rewritten, here: Mapping[str, bool]
@@ -314,33 +315,57 @@ class Compilation:
         """
         errors: list[OutputError] = []
         with self._phase("verify") as detail:
-            for device, programs in lowered.items():
-                # What is quantized is compared with what quantization left, at the tolerances of everything else.
-                expected = [self.watch.settled(one) for one in self.quantized.get(device, [])] or references
-                for reference, program in zip(expected, programs, strict=True):
-                    detail(plan_name(reference.name, device))
-                    if here[device]:
-                        errors += self._verify_on(path, device, reference, program)
-                    else:
-                        errors += self._verify_passes(device, reference, program)
+            expected = {
+                device: self.expect(device, references, programs, here[device], detail)
+                for device, programs in lowered.items()
+            }
+            for each in expected.values():
+                for one in each:
+                    require_equal(one.passes, A_PASS)
+            # The source's weights have served; the artifact's come into memory now.
+            self.release()
+            for device, each in expected.items():
+                if not here[device]:
+                    errors += [error for one in each for error in one.passes]
+                    continue
+                with load(path, device=device) as model:
+                    weights = model.artifact.weights_path
+                    large = device == "cpu" and weights.stat().st_size > LARGE
+                    between = partial(release, [weights]) if large else None
+                    for one in each:
+                        detail(plan_name(one.lowered.name, device))
+                        errors += require_right(model.entry(one.lowered.name), one, between)
         return errors
 
-    def _verify_on(self, path: Path, device: str, reference: Program, program: Program) -> list[OutputError]:
-        with load(path, device=device) as model:
-            entry = model.entry(reference.name)
-            given_back = partial(release, self.mapped)
-            found = verify_outputs(entry, reference, device, self.precision[device], given_back)
-            wrong = next((error for error in found if not error.ok), None)
-            hint = ""
-            if wrong is not None:
-                hint = first_divergence(entry, program, reference, wrong.sizes, self.precision[device])
-            require_equal(found, hint)
+    def expect(
+        self, device: str, references: Sequence[Program], lowered: Sequence[Program], runs: bool = True,
+        detail: Callable[[str], None] = lambda name: None,
+    ) -> list[Expected]:  # fmt: skip
+        """What the entry points of an artifact are to compute on a kind of device, by eager PyTorch.
+
+        Args:
+            device: the kind of device.
+            references: the programs before all passes.
+            lowered: the programs after them.
+            runs: whether the device is here.
+            detail: called with the plan that is at work.
+        """
+        found = []
+        annotated = self.annotated.get(device, [])
+        for number, (reference, program) in enumerate(zip(references, lowered, strict=True)):
+            detail(f"{plan_name(reference.name, device)} in PyTorch")
+            self.watch.quantize(program)
+            before = annotated[number] if annotated else None
+            precision = self.precision[device]
+            found.append(expect(reference, program, device, precision, before, self.watch, runs, self.release))
+            if before is not None:
+                self.deviations.setdefault(reference.name, found[-1].deviation)
         return found
 
-    def _verify_passes(self, device: str, reference: Program, program: Program) -> list[OutputError]:
-        found = verify_program(program, reference, device, self.precision[device])
-        require_equal(found, "A pass changed the model: compile with --verify passes to find it.")
-        return found
+    def release(self) -> None:
+        """Give back the memory of weights that are mapped from files."""
+        release(self.mapped)
+        self.watch.release()
 
     def _info(
         self, source: Any, programs: Rewritten, generated: Generated, records: Mapping[str, list[PassRecord]]

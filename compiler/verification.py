@@ -1,30 +1,39 @@
-"""Comparing an artifact with eager PyTorch: per output, and per kernel where asked."""
+"""Comparing an artifact with eager PyTorch.
+
+First PyTorch: what the outputs are to be at several sizes (:func:`expect`), while the model's weights are in memory.
+Then, when they may have gone, the artifact (:func:`verify_outputs`).
+
+Quantized weights change the numbers on purpose, so there are two questions. Whether the passes before that left the
+model as it was is seen with the weights as they were. What comes after is compared with a model that has what
+quantization left of its weights in their place. Where activations are rounded on the fly, too, a last digit decides a
+rounding, that decides others, and outputs say little about kernels: there every kernel is compared on the operands that
+it read (``kernel_verification.py``), and the passes with activations as they come (:class:`InFloat`).
+"""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 
-from ..codegen.outputs import output_names
 from ..passes.base import Report
+from ..passes.graph.float_activations import InFloat, rounds_activations
 from ..passes.graph.program import Program
-from ..passes.graph.regions import is_region
-from ..passes.verify import TOLERANCES, error_of, node_tolerances, tolerances_of
-from ..passes.verify import compare as compare_outputs
+from ..passes.verify import error_of, tolerances_of
 from ..passes.widen_floats import WidenFloats
 from ..runtime.artifact import read_artifact
 from ..runtime.entry import Entry
 from ..runtime.errors import NumericsError
-from ..runtime.plan import Plan, Ref
+from ..runtime.plan import Ref
 from ..runtime.sizes import evaluate
-from .samples import assignments, make_inputs
+from .copies import late_constants, reference_of
+from .kernel_verification import KernelError, array_of, follow, tensor_of
+from .quantization import Watch, deviation, names_of_outputs
+from .samples import assignments, make_inputs, sample_sizes
 
 
 @dataclass(frozen=True)
@@ -50,33 +59,6 @@ class OutputError:
         return f"{found} at {at}" if at else found
 
 
-def reference_of(program: Program) -> Program:
-    """A program with its own copy of the graph (weights shared): what later passes do does not touch it."""
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    returned = graph.graph_copy(program.graph, copied)
-    graph.output(returned)
-    for old, new in copied.items():
-        new.meta = dict(old.meta)
-    module = fx.GraphModule(program.module, graph)
-    return Program(
-        program.name,
-        module,
-        program.inputs,
-        program.states,
-        program.results,
-        program.symbols,
-        program.guards,
-        program.sample,
-        program.make,
-    )
-
-
-def tolerance_of(dtype: torch.dtype) -> float:
-    """Largest error for an output of the dtype; 0 for integers."""
-    return TOLERANCES.get(dtype, 0.0)
-
-
 def why_not_here(path: Path, device: str) -> str:
     """Why an artifact's code for a kind of device cannot be run on this machine; empty where it can."""
     if device == "cpu":
@@ -86,74 +68,148 @@ def why_not_here(path: Path, device: str) -> str:
     return why_not(read_artifact(path))
 
 
+@dataclass(frozen=True)
+class Case:
+    """A call: sizes, inputs, and what its outputs are to be with the largest error of each; None where kernels tell."""
+
+    sizes: Mapping[str, int]
+    inputs: Sequence[torch.Tensor]
+    outputs: Sequence[tuple[torch.Tensor, float]] | None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an entry point is to compute.
+
+    Attributes:
+        lowered: the program after all passes, its quantized weights settled.
+        device: the kind of device that it is for.
+        precision: what it computes in.
+        cases: the calls to make.
+        passes: how far the passes moved the outputs, where that can be told apart from the kernels.
+        deviation: how far quantization moves each output on the sample, by name.
+    """
+
+    lowered: Program
+    device: str
+    precision: str
+    cases: list[Case]
+    passes: list[OutputError]
+    deviation: dict[str, float] = field(default_factory=dict)
+
+
+def expect(
+    reference: Program, lowered: Program, device: str = "cpu", precision: str = "auto",
+    annotated: Program | None = None, watch: Watch | None = None, runs: bool = True,
+    give_back: Callable[[], None] = lambda: None,
+) -> Expected:  # fmt: skip
+    """Run eager PyTorch at several sizes.
+
+    Args:
+        reference: the program as captured, before any pass (:func:`reference_of`).
+        lowered: the program after all passes.
+        device: the kind of device that the entry point's plan is for.
+        precision: what it computes in (``precision.py``); a coarser one than the model's sets the tolerance.
+        annotated: where weights are quantized, the program right before they are.
+        watch: has their rows.
+        runs: whether the artifact can be run here; else what can be said of it are the passes.
+        give_back: called when weights that were read are not needed for a while.
+    """
+    # Where passes make float32 of half precision, they and the kernels are to be as exact as that.
+    wide = device == "cpu" if precision == "auto" else precision == "fp32"
+    model = late_constants(_widened(reference) if wide else reference)
+    if annotated is None or watch is None:
+        found = Expected(late_constants(lowered), device, precision, [], [])
+        for sizes, inputs, results in _runs(model, reference):
+            found.cases.append(Case(sizes, inputs, _limited(results, model, precision)))
+            if not runs:
+                got = found.lowered.run(inputs)
+                found.passes.extend(_errors(found, sizes, results, got, tolerances_of(model, precision)))
+        return found
+    before = late_constants(annotated)
+    target = late_constants(watch.dequantized(reference_of(annotated)))
+    settled = late_constants(watch.settled(reference_of(lowered)))
+    by_kernel = rounds_activations(lowered)
+    found = Expected(settled, device, precision, [], [], {})
+    sample = sample_sizes(reference)
+    for sizes, inputs, results in _runs(model, reference):
+        found.passes.extend(_errors(found, sizes, results, before.run(inputs), tolerances_of(model)))
+        give_back()  # the weights as they were: those that follow are others
+        wanted, limits = target.run(inputs), tolerances_of(target, precision)
+        if by_kernel or not runs:
+            found.passes.extend(_errors(found, sizes, wanted, InFloat.of(settled, inputs), limits))
+        found.cases.append(Case(sizes, inputs, None if by_kernel else _limited(wanted, target, precision)))
+        if sizes == sample:
+            found.deviation.update(deviation(reference, results, settled.run(inputs)))
+        give_back()
+    return found
+
+
+def _runs(model: Program, reference: Program) -> Iterable[tuple[Mapping[str, int], tuple[torch.Tensor, ...], Any]]:
+    for sizes in assignments(reference):
+        inputs = make_inputs(reference, sizes)
+        yield sizes, inputs, model.run(inputs)
+
+
+def _limited(results: Sequence[Any], program: Program, precision: str) -> list[tuple[torch.Tensor, float]]:
+    """The tensors among the flat outputs of a program, with their limits."""
+    pairs = zip(results, tolerances_of(program, precision), strict=True)
+    return [(value, limit) for value, limit in pairs if isinstance(value, torch.Tensor)]
+
+
+def _errors(
+    found: Expected, sizes: Mapping[str, int], want: Sequence[Any], got: Sequence[Any], limits: Sequence[float]
+) -> list[OutputError]:
+    """The errors of the results among the flat outputs of a program; states come behind them and have no names."""
+    names = names_of_outputs(found.lowered)
+    items = [item for item in zip(want, got, limits, strict=True) if isinstance(item[0], torch.Tensor)]
+    return [
+        OutputError(found.lowered.name, name, sizes, error_of(wanted, value), limit, found.device)
+        for name, (wanted, value, limit) in zip(names, items, strict=False)
+        if limit < inf
+    ]
+
+
 def verify_outputs(
-    entry: Entry, reference: Program, device: str = "cpu", precision: str = "auto",
-    between: Callable[[], None] = lambda: None,
-) -> list[OutputError]:  # fmt: skip
-    """Run eager PyTorch and then an entry point on the same inputs at several sizes.
+    entry: Entry, expected: Expected, between: Callable[[], None] | None = None
+) -> tuple[list[OutputError], list[KernelError]]:
+    """Run an entry point at the sizes that were expected.
 
     Args:
         entry: of the loaded artifact.
-        reference: the program as captured, before any pass (:func:`reference_of`).
-        device: the kind of device that the entry point's plan is for.
-        precision: what it computes in (``precision.py``); a coarser one than the model's sets the tolerance.
-        between: called when the reference's weights have served.
+        expected: what :func:`expect` gave for it.
+        between: called after every step; then the artifact is run step by step.
 
     Returns:
-        One error per output and assignment of the symbols; empty where the model returns no tensor. Integers that
-        follow from half-precision numbers are compared where a CPU computes those in float32; elsewhere a unit in the
-        last place decides them.
+        One error per output and assignment of the symbols, those of the passes among them; none where the model returns
+        no tensor. Integers that follow from half-precision numbers are not compared: a unit in the last place decides
+        them. And the errors of all kernels at the first sizes where one is off, where they are compared one by one.
+
+    Raises:
+        NumericsError: kernels are to be compared one by one, and there is none for a part of the graph.
     """
-    cases = []
-    tolerances = tolerances_of(reference, precision)
-    widened = device == "cpu" and precision in ("auto", "fp32")
-    wide = _widened(reference) if inf in tolerances and widened else reference
-    for values in assignments(reference):
-        inputs = make_inputs(reference, values)
-        eager = reference.run(inputs)
-        exact = eager if wide is reference else wide.run(inputs)
-        expected = [
-            (value, tolerance) if tolerance < inf or not widened else (same, 0.0)
-            for value, same, tolerance in zip(eager, exact, tolerances, strict=True)
-            if isinstance(value, torch.Tensor)
-        ]
-        cases.append((values, inputs, expected))
-    between()
-    found = []
-    for values, inputs, expected in cases:
-        results = zip(entry.plan.outputs, expected, run_entry(entry, inputs, values), strict=False)
-        for port, (want, tolerance), got in results:
-            if tolerance < inf:
-                found.append(OutputError(entry.name, port.name, values, error_of(want, got), tolerance, device))
-    return found
-
-
-def verify_program(
-    program: Program, reference: Program, device: str = "cuda", precision: str = "auto"
-) -> list[OutputError]:
-    """Run a program after the passes in eager PyTorch against the one before them, at several sizes.
-
-    This is what can be said of code for a device that is not here. Integers that follow from half-precision numbers
-    are not compared: a unit in the last place decides them.
-
-    Args:
-        program: after the passes, of regions.
-        reference: the program as captured (:func:`reference_of`).
-        device: the kind of device that the program is for.
-        precision: what it computes in; a coarser one than the model's sets the tolerance.
-    """
-    (returned,) = program.graph.output_node().args
-    names = output_names(program.results, returned[: len(returned) - len(program.states)])  # type: ignore[index, arg-type]
-    limits = tolerances_of(reference, precision)
-    found = []
-    for values in assignments(reference):
-        inputs = make_inputs(reference, values)
-        pairs = zip(reference.run(inputs), program.run(inputs), limits, strict=True)
-        tensors = [item for item in pairs if isinstance(item[0], torch.Tensor)]
-        for name, (want, got, limit) in zip(names, tensors, strict=False):
+    found = list(expected.passes)
+    for case in expected.cases:
+        got = run_entry(entry, case.inputs, case.sizes, between)
+        outputs, worst = case.outputs, None
+        if outputs is None:
+            followed = follow(entry, expected.lowered, case.inputs, expected.precision)
+            if followed.missing:
+                raise NumericsError(
+                    f"entry {entry.name}: no kernel writes {', '.join(followed.missing)} of the graph, so nothing is "
+                    "known of it: the artifact was compiled from another model, or this is an error of the compiler"
+                )
+            if not all(kernel.ok for kernel in followed.kernels):
+                return found, followed.kernels
+            worst = max(followed.kernels, key=lambda kernel: kernel.error, default=None)
+            outputs = [(value, 0.0) for value in followed.outputs]  # the same kernels have written both
+        for port, (want, limit), value in zip(entry.plan.outputs, outputs, got, strict=False):
+            error = error_of(want, value)
+            if worst is not None and error <= limit and worst.error > error:
+                error, limit = worst.error, worst.tolerance
             if limit < inf:
-                found.append(OutputError(program.name, name, values, error_of(want, got), limit, device))
-    return found
+                found.append(OutputError(entry.name, port.name, case.sizes, error, limit, expected.device))
+    return found, []
 
 
 def _widened(program: Program) -> Program:
@@ -176,149 +232,80 @@ def require_equal(errors: Sequence[OutputError], hint: str) -> None:
         )
 
 
-def run_entry(entry: Entry, inputs: Sequence[torch.Tensor], values: Mapping[str, int]) -> list[torch.Tensor]:
-    """The flat tensor outputs of an entry point."""
-    arrays = []
-    for port in entry.plan.outputs:
-        shape = [evaluate(extent, values) for extent in port.shape]
-        arrays.append(torch.empty(shape, dtype=getattr(torch, port.dtype)))
-    entry(*inputs, out=[_array(tensor) for tensor in arrays])
-    return arrays
+A_PASS = "A pass changed the model: compile with --verify passes to find it."
 
 
-@dataclass(frozen=True)
-class KernelError:
-    """How far one kernel's result is from the region run in eager PyTorch on the same operands as the graph had."""
+def require_right(entry: Entry, expected: Expected, between: Callable[[], None] | None = None) -> list[OutputError]:
+    """What :func:`verify_outputs` finds, if all of it is within tolerance.
 
-    step: int
-    kernel: str
-    node: str
-    error: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether the error is within the tolerance."""
-        return self.error <= self.tolerance
-
-
-def verify_kernels(entry: Entry, lowered: Program, precision: str = "auto") -> list[KernelError]:
-    """Compare what every kernel wrote with the value of its node in eager PyTorch, on the sample.
-
-    Args:
-        entry: of the loaded artifact.
-        lowered: the program after all passes, whose regions are the artifact's steps.
-        precision: what it computes in; a coarser one than the model's sets the tolerance.
+    Raises:
+        NumericsError: says what goes wrong first: a kernel, the passes before all kernels, or several together.
     """
-    expected, updates = _node_values(lowered, node_tolerances(lowered, precision))
-    plan = entry.plan
-    found: list[KernelError] = []
-
-    def compare(step: int, variant: int, read: Any) -> None:
-        launched = plan.steps[step].variants[variant]
-        for position in plan.steps[step].writes:
-            ref = launched.operands[position]
-            name = _written_name(plan, ref)
-            waiting = updates.get(ref.index) if ref.kind == "state" else None
-            if waiting or name in expected:
-                got = _tensor(read(ref))
-                name, want, limit = waiting.pop(0) if waiting else (name, *expected[name])
-                error = error_of(want, got.reshape(want.shape) if got.numel() == want.numel() else got)
-                tolerance = max(tolerance_of(want.dtype), limit if want.is_floating_point() else 0.0)
-                found.append(KernelError(step, plan.steps[step].name, name, error, tolerance))
-
-    entry.trace(compare, *lowered.sample)
+    found, kernels = verify_outputs(entry, expected, between)
+    kernels = [kernel for kernel in kernels if not kernel.ok]
+    if kernels:
+        differ = "1 kernel result differs" if len(kernels) == 1 else f"{len(kernels)} kernel results differ"
+        raise NumericsError(
+            f"{differ} from eager PyTorch on the operands that the kernel read.\n{_named(entry, kernels[0])}"
+        )
+    wrong = next((error for error in found if not error.ok), None)
+    require_equal(found, "" if wrong is None else first_divergence(entry, expected, wrong.sizes))
     return found
 
 
-def first_divergence(
-    entry: Entry, lowered: Program, reference: Program, sizes: Mapping[str, int], precision: str = "auto"
-) -> str:
+def first_divergence(entry: Entry, expected: Expected, sizes: Mapping[str, int]) -> str:
     """Where outputs that are wrong at some sizes first go wrong, in words: a kernel, or the passes before all kernels.
 
     Args:
         entry: of the loaded artifact.
-        lowered: the program after all passes, whose regions are the artifact's steps.
-        reference: the program before any pass.
+        expected: what :func:`expect` gave for it.
         sizes: an assignment of the symbols at which an output is beyond its tolerance.
-        precision: what it computes in.
     """
-    program = replace(lowered, sample=make_inputs(reference, sizes))
-    kernel = next((error for error in verify_kernels(entry, program, precision) if not error.ok), None)
+    case = next(case for case in expected.cases if case.sizes == sizes)
+    kernels = follow(entry, expected.lowered, case.inputs, expected.precision).kernels
+    kernel = next((error for error in kernels if not error.ok), None)
     if kernel is not None:
-        origin = entry.plan.steps[kernel.step].origin
-        where = " ".join(
-            part for part in (origin.module and f"in {origin.module}", origin.source and f"at {origin.source}") if part
-        )
-        return (
-            f"The first kernel that diverges is {kernel.kernel} (step {kernel.step}, node {kernel.node}"
-            f"{', ' + where if where else ''}): error {kernel.error:.2e}, tolerance {kernel.tolerance:.0e}. "
-            "Compile with --verify off to get the artifact and look at it with tilewright verify --kernels."
-        )
-    limits = tolerances_of(reference, precision)
-    errors = compare_outputs(reference.run(program.sample), lowered.run(program.sample))
-    if any(not error <= limit for error, limit in zip(errors, limits, strict=True)):
-        return "A pass changed the model: compile with --verify passes to find it."
+        return _named(entry, kernel)
+    got = [value for value in expected.lowered.run(tuple(case.inputs)) if isinstance(value, torch.Tensor)]
+    pairs = zip(case.outputs or (), got, strict=False)
+    if any(not error_of(want, value) <= limit for (want, limit), value in pairs):
+        return A_PASS
     return "No kernel and no pass diverges by itself: the errors of several add up beyond the tolerance."
 
 
-def _written_name(plan: Plan, ref: Ref) -> str:
-    return plan.buffers[ref.index].name if ref.kind == "buffer" else f"{ref.kind}:{ref.index}"
+def _named(entry: Entry, kernel: KernelError) -> str:
+    origin = entry.plan.steps[kernel.step].origin
+    where = " ".join(
+        part for part in (origin.module and f"in {origin.module}", origin.source and f"at {origin.source}") if part
+    )
+    return (
+        f"The first kernel that diverges is {kernel.kernel} (step {kernel.step}, node {kernel.node}"
+        f"{', ' + where if where else ''}): error {kernel.error:.2e}, tolerance {kernel.tolerance:.0e}. "
+        "Compile with --verify off to get the artifact and look at it with tilewright verify --kernels."
+    )
 
 
-def _node_values(
-    program: Program, limits: Mapping[fx.Node, float]
-) -> tuple[dict[str, tuple[torch.Tensor, float]], dict[int, list[tuple[str, torch.Tensor, float]]]]:
-    """Values of all region results and their limits by node name; those that are outputs also as ``output:i``.
-
-    Beside them those of regions that work in place, by the number of the state that they update, in order.
-    """
-    values: dict[str, tuple[torch.Tensor, float]] = {}
-    updates: dict[int, list[tuple[str, torch.Tensor, float]]] = {}
-    numbers = {state.placeholder: number for number, state in enumerate(program.states)}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> Any:
-            result = super().run_node(node)
-            source = node.args[0] if node.target is operator.getitem else node
-            if isinstance(result, torch.Tensor) and isinstance(source, fx.Node) and is_region(source, "kernel"):
-                values[node.name] = (result, limits[node])
-                number = numbers.get(_updated(node).name)
-                if number is not None:
-                    updates.setdefault(number, []).append((node.name, result, limits[node]))
-            return result
-
-    with torch.no_grad():
-        outputs = Recorder(program.module).run(*program.sample, *(state.initial.clone() for state in program.states))
-    states = {state.output for state in program.states}
-    (nodes,) = program.graph.output_node().args
-    pairs = zip(outputs, nodes, strict=True)  # type: ignore[arg-type]
-    results = [(value, node) for i, (value, node) in enumerate(pairs) if i not in states]
-    tensors = [(value, limits[node]) for value, node in results if isinstance(value, torch.Tensor)]  # type: ignore[index]
-    values |= {f"output:{i}": value for i, value in enumerate(tensors)}
-    return values, updates
+def run_entry(
+    entry: Entry, inputs: Sequence[torch.Tensor], values: Mapping[str, int], between: Callable[[], None] | None = None
+) -> list[torch.Tensor]:
+    """The flat tensor outputs of an entry point; ``between``: called after every step of it."""
+    if between is not None and entry.plan.steps:
+        return _step_by_step(entry, inputs, between)
+    arrays = []
+    for port in entry.plan.outputs:
+        shape = [evaluate(extent, values) for extent in port.shape]
+        arrays.append(torch.empty(shape, dtype=getattr(torch, port.dtype)))
+    entry(*inputs, out=[array_of(tensor) for tensor in arrays])
+    return arrays
 
 
-def _updated(node: fx.Node) -> fx.Node:
-    """The value in whose memory a region works, through all regions that do so; the node itself if it has its own."""
-    while is_region(node, "kernel") and node.meta["region"].updates is not None:
-        operand = node.args[node.meta["region"].updates]
-        assert isinstance(operand, fx.Node)
-        node = operand
-    return node
+def _step_by_step(entry: Entry, inputs: Sequence[torch.Tensor], between: Callable[[], None]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
 
+    def after(step: int, variant: int, read: Any) -> None:
+        if step == len(entry.plan.steps) - 1:
+            found.extend(tensor_of(read(Ref("output", number))) for number in range(len(entry.plan.outputs)))
+        between()
 
-def _tensor(array: Any) -> torch.Tensor:
-    """A copy of an array, which may be of bfloat16 as ml_dtypes has it."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view("uint16").copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
-
-
-def _array(tensor: torch.Tensor) -> Any:
-    """The numpy array over a tensor's memory, with bfloat16 as ml_dtypes has it."""
-    if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    entry.trace(after, *inputs)
+    return found

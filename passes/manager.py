@@ -70,7 +70,7 @@ class PassManager:
         stop_after: name (the last pass of that name) or label of the pass to stop after.
         precision: what the program was asked to compute in, which sets the tolerances.
         progress: called with a label before that pass runs.
-        after_approximate: called with the program after a pass that changes numbers on purpose.
+        before_approximate: called with the program before a pass that changes numbers on purpose.
 
     Raises:
         UsageError: a name that no pass has; close matches are named.
@@ -86,7 +86,7 @@ class PassManager:
         stop_after: str | None = None,
         precision: str = "auto",
         progress: Callable[[str], None] | None = None,
-        after_approximate: Callable[[Program], None] | None = None,
+        before_approximate: Callable[[Program], None] | None = None,
     ) -> None:
         labelled = [(f"{index:02d}_{one.name}", one) for index, one in enumerate(passes, 1)]
         off = set(disabled)
@@ -101,7 +101,7 @@ class PassManager:
         self.verify = verify
         self.precision = precision
         self.progress = progress
-        self.after_approximate = after_approximate
+        self.before_approximate = before_approximate
 
     def run(self, program: Program) -> list[PassRecord]:
         """Rewrite the program in place; one record per pass that ran.
@@ -117,9 +117,9 @@ class PassManager:
                 if self.progress:
                     self.progress(label)
                 records.append(PassRecord(one.name, label))
+                if one.approximate and self.before_approximate is not None:
+                    self.before_approximate(program)
                 self._run_one(program, one, records, reference)
-                if one.approximate and self.after_approximate is not None:
-                    self.after_approximate(program)
                 if one.approximate and reference is not None:
                     reference = Reference(run_eager(program), reference.limits)
         finally:

@@ -16,10 +16,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..runtime.errors import CompileError, NumericsError
 from .graph.edit import fake_mode, faking, same_size, value_of
+from .graph.float_activations import InFloat, rounds_activations
 from .graph.printer import show_operator, show_type
 from .graph.program import Program
-from .graph.quantized_ops import QUANTIZED_LINEAR
-from .graph.query import arguments, is_assertion
+from .graph.query import is_assertion
 from .graph.regions import body, is_region
 
 # The one table of tolerances: the largest error of an output by its dtype. Integers and booleans must be equal.
@@ -32,9 +32,14 @@ TOLERANCES: dict[torch.dtype, float] = {
 
 
 def run_eager(program: Program) -> tuple[Any, ...]:
-    """The outputs on the program's sample inputs; the same random numbers every time, the caller's left untouched."""
+    """The outputs on the program's sample inputs; the same random numbers every time, the caller's left untouched.
+
+    Activations of quantized products are not rounded (:class:`InFloat`), so that outputs are smooth in what passes do.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        if rounds_activations(program):
+            return InFloat.of(program, program.sample)
         return program.run(program.sample)
 
 
@@ -80,14 +85,16 @@ COARSER: dict[str, torch.dtype] = {"tf32": torch.float16, "fp16": torch.float16,
 def tolerances_of(program: Program, precision: str = "auto") -> list[float]:
     """The largest error of each output: that of the coarsest floating type on its way, and 0 where it is no float.
 
-    A float32 output of a model that computes in bfloat16 is as exact as bfloat16. An integer or a boolean that follows
-    from half-precision numbers may be any other (a unit in the last place decides a comparison): infinite.
+    A float32 output of a model that computes in bfloat16 is as exact as bfloat16. A bfloat16 output of one that
+    computes in float32 is rounded once, at the end: it may be one unit in the last place of its largest value further
+    off. An integer or a boolean that follows from half-precision numbers may be any other (a unit in the last place
+    decides a comparison): infinite.
 
     Args:
         program: before the passes.
         precision: what it was asked to compute in (``--precision``).
     """
-    coarsest = node_tolerances(program, precision)
+    coarsest = _coarsest(program, precision)
     (results,) = program.graph.output_node().args
     assert isinstance(results, tuple | list), "a program returns one flat tuple"
     limits = []
@@ -95,41 +102,48 @@ def tolerances_of(program: Program, precision: str = "auto") -> list[float]:
         value = value_of(item)
         if not isinstance(value, torch.Tensor):
             limits.append(0.0)
-        elif value.dtype in TOLERANCES:
-            limits.append(max(TOLERANCES[value.dtype], coarsest[item]))  # type: ignore[index]
-        else:
+        elif value.dtype not in TOLERANCES:
             limits.append(inf if coarsest[item] > TOLERANCES[torch.float32] else 0.0)  # type: ignore[index]
+        elif (source := _rounded_at_the_end(item)) is not None:
+            limits.append(max(TOLERANCES[torch.float32], coarsest[source]) + torch.finfo(value.dtype).eps)
+        else:
+            limits.append(max(TOLERANCES[value.dtype], coarsest[item]))  # type: ignore[index]
     return limits
 
 
-def node_tolerances(program: Program, precision: str = "auto") -> dict[fx.Node, float]:
-    """The tolerance of the coarsest floating type that each value is computed with, its operands' and regions' inside.
+def _rounded_at_the_end(item: Any) -> fx.Node | None:
+    """What an output in half precision is converted from, where that has a wider type and is computed."""
+    if not isinstance(item, fx.Node) or item.target is not torch.ops.aten._to_copy.default:
+        return None
+    source = item.args[0]
+    assert isinstance(source, fx.Node)
+    wider = source.meta["val"].dtype in (torch.float32, torch.float64) and source.op != "placeholder"
+    return source if wider and item.meta["val"].dtype in (torch.float16, torch.bfloat16) else None
 
-    Args:
-        program: before the passes or after them.
-        precision: what it was asked to compute in (``--precision``).
-    """
-    least = TOLERANCES[COARSER[precision]] if precision in COARSER else 0.0
+
+def _coarsest(program: Program, precision: str) -> dict[fx.Node, float]:
+    """The tolerance of the coarsest floating type that each value is computed with, its operands' included."""
     coarsest: dict[fx.Node, float] = {}
     for node in program.graph.nodes:
-        computed = [node] if node.op not in ("placeholder", "get_attr") else []
-        if is_region(node):
-            computed += [inner for inner in body(node).graph.nodes if inner.op == "call_function"]
-        own = [max(TOLERANCES[dtype], least) for one in computed for dtype in _floats(one)]
-        own += [_rounded(one) for one in computed]
-        coarsest[node] = max([*own, *(coarsest[operand] for operand in node.all_input_nodes)], default=0.0)
+        own = own_tolerance(node, precision)
+        coarsest[node] = max([own, *(coarsest[operand] for operand in node.all_input_nodes)], default=0.0)
     return coarsest
 
 
-# Activations rounded to int8 on the fly: a unit in the last place of a float32 decides a rounding, the step that this
-# makes decides others after it, and in the end outputs differ by about as much as rounding activations moves them.
-ROUNDED_ACTIVATIONS = 4e-2
+def own_tolerance(node: fx.Node, precision: str = "auto") -> float:
+    """The tolerance of the coarsest floating type that a node computes with, a region's inside; its operands are exact.
 
-
-def _rounded(node: fx.Node) -> float:
-    if node.target is not QUANTIZED_LINEAR or arguments(node)["activations"] < 0:
+    Args:
+        node: of a program, before the passes or after them.
+        precision: what it was asked to compute in (``--precision``).
+    """
+    if node.op in ("placeholder", "get_attr"):
         return 0.0
-    return ROUNDED_ACTIVATIONS
+    least = TOLERANCES[COARSER[precision]] if precision in COARSER else 0.0
+    computed = [node]
+    if is_region(node):
+        computed += [inner for inner in body(node).graph.nodes if inner.op == "call_function"]
+    return max((max(TOLERANCES[dtype], least) for one in computed for dtype in _floats(one)), default=0.0)
 
 
 def _floats(node: fx.Node) -> list[torch.dtype]:

@@ -80,12 +80,12 @@ def verify(
     if not integrity or source is not None or kernels:
         outputs, steps, missing = _compare(opened, source, shapes, inputs, kernels, device, threads, quiet)
         found["outputs"] = [_plain(item) for item in outputs]
-        if kernels:
+        if kernels or steps:
             found |= {"kernels": [_plain(item) for item in steps], "kernels_not_compared": missing}
         if as_json:
             emit_json(found)
         else:
-            _show(outputs, steps, missing, kernels)
+            _show(outputs, steps, missing, kernels or bool(steps))
         _require(outputs, steps)
     elif as_json:
         emit_json(found)
@@ -103,8 +103,9 @@ def _compare(
     with phases(quiet) as progress, redirect_stdout(sys.stderr):
         progress("import", "PyTorch and the compiler")
         from ..driver import Compilation
+        from ..kernel_verification import follow
         from ..shapes import parse_options
-        from ..verification import verify_kernels, verify_outputs
+        from ..verification import verify_outputs
 
         with load(opened.path, threads=threads, device=device) as model:
             kind = "cpu" if model.device == "cpu" else "cuda"
@@ -128,20 +129,24 @@ def _compare(
                 _require_same_inputs(program, opened.plans[program.name], source)
             quantized = chosen.quantize is not None
             lowered = compilation.rewrite(programs)[0][kind] if kernels or quantized else programs
-            # Where weights are quantized, kernels are to compute what that left.
-            references = compilation.quantized.get(kind, programs)
+            progress("PyTorch", kind)
+            expected = compilation.expect(kind, programs, lowered)
+            compilation.release()
             outputs: list[Any] = []
             steps: list[Any] = []
             missing = 0
-            for program, reference in zip(lowered, references, strict=True):
-                progress("outputs", program.name)
-                entry = model.entry(program.name)
-                outputs += verify_outputs(entry, reference, kind, compilation.precision[kind])
-                if kernels:
-                    progress("kernel results", program.name)
-                    found = verify_kernels(entry, program, compilation.precision[kind])
-                    steps += found
-                    missing += len(entry.plan.steps) - len({item.step for item in found})
+            for one in expected:
+                name = one.lowered.name
+                progress("outputs", name)
+                entry = model.entry(name)
+                found, results = verify_outputs(entry, one)
+                outputs += found
+                if kernels and not results:
+                    progress("kernel results", name)
+                    results = follow(entry, one.lowered, one.lowered.sample, one.precision).kernels
+                if results:
+                    missing += len(entry.plan.steps) - len({item.step for item in results})
+                steps += results
     return outputs, steps, missing
 
 

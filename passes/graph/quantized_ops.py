@@ -17,6 +17,8 @@ from .scale_search import quantize_groups
 
 # Elements that are quantized at a time: few enough that what the search computes with stays small.
 _CHUNK = 1 << 18
+# Elements of a quantized weight that are multiplied at a time.
+_VALUES = 1 << 24
 # Groups of so many members lie one after another, so that sums run along memory; shorter ones lie side by side.
 _LONG = 512
 # A row whose largest number is smaller counts as zeros: 127 / max would leave the range of float32.
@@ -149,8 +151,10 @@ def quantized_linear(
     rows = x.float()
     if activations >= 0:
         rows = rounded_rows(rows, activations)
-    result = torch.nn.functional.linear(rows, form.values(weight), None if bias is None else bias.float())
-    return result.to(x.dtype)
+    count = max(1, _VALUES // max(1, columns))  # rows of the weight whose values are in memory at a time
+    results = [torch.nn.functional.linear(rows, form.values(part)) for part in weight.split(count)]
+    result = torch.cat(results, -1)
+    return (result if bias is None else result.add_(bias.float())).to(x.dtype)
 
 
 @quantized_linear.register_fake
@@ -187,7 +191,8 @@ def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     parts = torch.nn.functional.pad(x, (0, groups * size - columns)).unflatten(-1, (groups, size))
     largest = parts.abs().amax(-1) if parts.numel() else x.new_zeros(parts.shape[:-1])
     counts = largest > SMALLEST_ROW
-    inverse = torch.where(counts, 127.0 / largest, 0.0)
+    # Divided, as kernels do: a number over a tensor is its reciprocal times the number, which is rounded twice.
+    inverse = torch.where(counts, torch.full_like(largest, 127.0) / largest, 0.0)
     return (parts * inverse.unsqueeze(-1)).round_().to(torch.int8), torch.where(counts, largest / 127.0, 0.0)
 
 

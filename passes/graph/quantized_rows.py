@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_CHUNK = 1 << 22  # elements whose values are computed at a time
 LIMITS: dict[int, tuple[int, int]] = {4: (0, 15), 8: (-127, 127)}
 """The smallest and the largest code by the number of bits."""
 
@@ -135,8 +136,14 @@ class RowFormat:
     def values(self, rows: Tensor) -> Tensor:
         """What rows (uint8 ``[..., row_bytes]``) stand for: float32 ``[..., columns]``."""
         flat = rows.reshape(-1, rows.shape[-1])
-        parts = self.split(flat)
+        result = torch.empty((len(flat), self.columns), device=rows.device)
+        count = max(1, _CHUNK // max(1, self.columns))
+        for part, into in zip(flat.split(count), result.split(count), strict=True):
+            self._values(part, into)
+        return result.reshape(*rows.shape[:-1], self.columns)
+
+    def _values(self, rows: Tensor, into: Tensor) -> None:
+        parts = self.split(rows)
         spread = torch.arange(self.columns, device=rows.device) // self.group_columns
         zeros = self.zero if parts.zeros is None else parts.zeros.to(torch.int16)[:, spread]
-        numbers = (parts.codes.to(torch.int16) - zeros).float()
-        return numbers.mul_(parts.scales[:, spread]).reshape(*rows.shape[:-1], self.columns)
+        torch.mul((parts.codes.to(torch.int16) - zeros).float(), parts.scales[:, spread], out=into)

@@ -12,7 +12,7 @@ from tilewright.codegen.artifact import plan_name
 from tilewright.compiler.driver import Compilation
 from tilewright.compiler.options import CompileOptions
 from tilewright.compiler.targets import device_kinds, parse_targets
-from tilewright.compiler.verification import verify_program
+from tilewright.compiler.verification import expect
 from tilewright.passes.graph.printer import show
 from tilewright.runtime.errors import UsageError
 
@@ -105,7 +105,7 @@ def test_a_program_is_verified_without_its_device(dtype):
     compilation = Compilation(CompileOptions(target=("cuda:sm_90",)))
     programs = captured(compilation, dtype)
     rewritten, _ = compilation.rewrite(programs)
-    found = verify_program(rewritten["cuda"][0], programs[0])
+    found = expect(programs[0], rewritten["cuda"][0], "cuda", runs=False).passes
     floats = {torch.float32: ["output0", "output1"]}.get(dtype, ["output0"])  # a half's last digit decides an argmax
     assert [item.output for item in found] == floats * 3
     assert {item.sizes["n"] for item in found} == {1, 3, 7}
@@ -119,4 +119,4 @@ def test_verification_sees_a_program_that_is_wrong():
     (program,) = rewritten["cuda"]
     bias = next(node for node in program.graph.find_nodes(op="get_attr") if "norm_bias" in node.name)
     setattr(program.module, str(bias.target), getattr(program.module, str(bias.target)) + 0.1)
-    assert not all(item.ok for item in verify_program(program, programs[0]))
+    assert not all(item.ok for item in expect(programs[0], program, "cuda", runs=False).passes)

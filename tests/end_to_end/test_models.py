@@ -22,7 +22,7 @@ from tilewright.codegen.cache import user_cache
 from tilewright.codegen.generate import build_kernels, generate
 from tilewright.codegen.roles import fusion_roles
 from tilewright.compiler.capture import capture
-from tilewright.compiler.verification import reference_of
+from tilewright.compiler.copies import reference_of
 from tilewright.models import bytelm, digits
 from tilewright.passes.graph.program import Program
 from tilewright.passes.manager import PassManager

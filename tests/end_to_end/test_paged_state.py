@@ -17,9 +17,9 @@ from tilewright.codegen.kernel_table import KernelTable
 from tilewright.codegen.lower import lower
 from tilewright.codegen.roles import fusion_roles
 from tilewright.codegen.storage import ConstantTable
+from tilewright.compiler.kernel_verification import verify_kernels
 from tilewright.compiler.options import Entry
 from tilewright.compiler.sources import open_source
-from tilewright.compiler.verification import verify_kernels
 from tilewright.passes.graph.cache_ops import BLOCK, CACHE_APPEND, PAGED_ATTENTION
 from tilewright.passes.manager import PassManager
 from tilewright.passes.pipeline import pipeline

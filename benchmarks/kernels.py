@@ -108,7 +108,7 @@ def repeats_for(case: Case | Attention | Paged | Quantized, threads: int) -> int
 
 
 def every_case(panel: int, wanted: Callable[[str], object]) -> Iterator[Case | Attention | Paged | Quantized]:
-    """Layers, their products with panels of so many columns, then quantized ones, then attention in both types.
+    """Layers, products of words with panels of so many columns, then quantized ones, then attention in both types.
 
     What takes long to make is left out where its name is not wanted.
     """
@@ -141,7 +141,7 @@ def layers(panel: int) -> Iterator[Case]:
         ("llama decode 8192 to 2048", 1, 2048, 8192),
         ("classifier 2048 to 1000", 1, 1000, 2048),
     ):
-        yield linear(name, m, n, k, panel)
+        yield linear(name, m, n, k)
         yield linear_bf16(f"bf16 {name}", m, n, k, panel)
         if m > 1:
             yield linear_bf16(f"bf16 of float32 {name}", m, n, k, panel, left="float32")
@@ -150,17 +150,17 @@ def layers(panel: int) -> Iterator[Case]:
     yield from winograd_layers()
 
 
-def linear(name: str, m: int, n: int, k: int, panel: int) -> Case:
+def linear(name: str, m: int, n: int, k: int) -> Case:
     x, weight = random(m, k), random(n, k)
-    chosen = choose(Problem(1, m, n, k, apart=k, panel=panel))
+    chosen = choose(Problem(1, m, n, k, apart=k))
     source = render(
-        "matmul.c.jinja", name="kernel", prelude=POINTERS, BATCH=1, M=m, N=n, K=k, panel=panel,
+        "matmul.c.jinja", name="kernel", prelude=POINTERS, BATCH=1, M=m, N=n, K=k,
         a_direct=True, a_base="x", a_stride=k, b_packed=True, b_base="w", **chosen.context,
         epilogue=Hole(f"float *restrict to = y + m * {n};", "to[n] = acc;"),
     )  # fmt: skip
     tensors = torch.from_numpy(x), torch.from_numpy(weight)
-    arrays = [x, packing.pack_matmul(weight.T, panel), np.empty((m, n), np.float32)]
-    units = packing.matmul_units(1, m, n, chosen.block, panel)
+    arrays = [x, packing.pack_matmul(weight.T), np.empty((m, n), np.float32)]
+    units = packing.matmul_units(1, m, n, chosen.block)
     return Case(name, 2 * m * n * k, source, arrays, int(units), lambda: torch.nn.functional.linear(*tensors))
 
 
@@ -168,9 +168,8 @@ def linear_bf16(name: str, m: int, n: int, k: int, panel: int, left: str = "bflo
     x, weight = (torch.from_numpy(random(*shape)) for shape in ((m, k), (n, k)))
     narrow, narrow_weight = x.bfloat16(), weight.bfloat16()
     kind = "float" if left == "float32" else "uint16_t"
-    chosen = choose(
-        Problem(1, m, n, -(-k // 2), "converted" if left == "float32" else "direct", apart=k // 2, panel=panel)
-    )
+    handled = "converted" if left == "float32" else "direct"
+    chosen = choose(Problem(1, m, n, -(-k // 2), handled, apart=k // 2, panel=panel, kind="bfloat16"))
     source = render(
         "matmul.c.jinja", name="kernel", kind="bfloat16", BATCH=1, M=m, N=n, K=k, panel=panel,
         prelude=f"const {kind} *restrict x = buf[0]; uint16_t *restrict w = buf[1], *restrict y = buf[2];",
@@ -190,7 +189,7 @@ def linear_bf16(name: str, m: int, n: int, k: int, panel: int, left: str = "bflo
 def product_int8(name: str, m: int, n: int, k: int, panel: int) -> Case:
     generator = np.random.default_rng(0)
     x, weight = (generator.integers(-128, 128, shape, np.int8) for shape in ((m, k), (k, n)))
-    chosen = choose(Problem(1, m, n, -(-k // 4), "converted", panel=panel))
+    chosen = choose(Problem(1, m, n, -(-k // 4), "converted", panel=panel, kind="int8"))
     source = render(
         "matmul.c.jinja", name="kernel", kind="int8", BATCH=1, M=m, N=n, K=k, panel=panel,
         prelude="const int8_t *restrict x = buf[0], *restrict w = buf[1]; int32_t *restrict y = buf[2];",

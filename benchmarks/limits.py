@@ -27,14 +27,16 @@ SIGNATURE = """void kernel(
 FLOAT32 = f"""
 #include "tw_simd.h"
 #define START(r) tw_vec c##r = tw_load(x + r);
-#define ADD(r) c##r += a * b;
-#define KEEP(r) __asm__ volatile("" : "+x"(c##r));
+#define ADD(r) \\
+    __asm__ volatile("" : "+x"(a), "+x"(c##r)); /* no product is known: they are fused with the sums */ \\
+    c##r += a * b;
 #define SUM(r) s += c##r;
 {SIGNATURE}
     const float *const x = buf[0];
-    const tw_vec a = tw_load(x), b = tw_load(x + 1);
+    tw_vec a = tw_load(x);
+    const tw_vec b = tw_load(x + 1);
     TW_REPEAT_12(START)
-    for (int64_t i = begin; i < end; i++) {{ TW_REPEAT_12(ADD) TW_REPEAT_12(KEEP) }}
+    for (int64_t i = begin; i < end; i++) {{ TW_REPEAT_12(ADD) }}
     tw_vec s = {{0}};
     TW_REPEAT_12(SUM)
     if (s[0] != s[0]) {{ *fault = 1; }} /* keeps the sums alive */
@@ -86,7 +88,7 @@ READ = f"""
     if (s[0] == 1) {{ *fault = 1; }}
 }}
 """
-STEPS = 200_000
+STEPS = 2_000_000  # of some milliseconds, against which threads start at the same time
 READ_BYTES = 512 << 20  # many times the caches
 
 

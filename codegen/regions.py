@@ -39,7 +39,7 @@ class Task:
         constants: where packed weights are requested.
         precision: how GPU kernels multiply float32: ``"ieee"``, or ``"tf32"`` where that was asked for.
         tuned_for: the base instruction set of the CPU kernels that will be measured; empty where none are.
-        panel: columns that lie side by side in the packed weights of CPU kernels (``codegen/c/packing.py``).
+        panel: columns of the panels of bfloat16 and int8 weights of CPU kernels (``codegen/c/packing.py``).
     """
 
     node: fx.Node

@@ -1,7 +1,8 @@
 """How matrix products are cut into blocks: rows of a unit of work, terms multiplied at once, panels that go together.
 
-A product is panels of 32 columns times blocks of rows; a register tile (``Machine.rows`` x 32 on AVX-512, half as many
-columns at once on AVX2, where all panels are so narrow if no target has AVX-512) runs down ``depth`` words of k. What
+A product is panels of 32 columns times blocks of rows; a register tile (``Machine.rows`` x 32 on AVX-512; on AVX2 half
+as many rows for float32, half as many columns at once for others, whose panels are so narrow if no target has AVX-512)
+runs down ``depth`` words of k. What
 the three numbers trade:
 
 - **depth**, words of k in one go. Sums leave and enter the registers once per go, so more is better, until the chunk of
@@ -13,9 +14,9 @@ the three numbers trade:
   time is best: what is stored is then little enough to drain while the next tile is multiplied.
 
 Rows that lie a multiple of 4 KB apart are not packed, although the 12 lines of a tile then share a set of the
-first-level cache: the template takes 8 rows at a time, which fit it and reach the same rate. AVX2 goes down a chunk of
-a wide panel twice, once for each half of its columns, and there such rows evict what the second time should find: the
-chunk then has to fit the first-level cache.
+first-level cache: the template takes 8 rows at a time, which fit it and reach the same rate. With words of several
+elements, AVX2 goes down a chunk of a wide panel twice, once for each half of its columns, and there such rows evict
+what the second time should find: the chunk then has to fit the first-level cache.
 
 The unit formula (``packing.matmul_units``) and so the plan knows only ``block``, which is the same for all targets.
 Depth and group differ by base where that pays, by ``#if`` in the one source. No choice changes a bit of the result:
@@ -69,6 +70,7 @@ class Problem:
         packed: whether the right operand is packed when the artifact is written.
         apart: words between rows that are multiplied where they lie; 0 where that is not known.
         panel: columns of a panel.
+        kind: the dtype that is multiplied.
     """
 
     batch: Size
@@ -79,6 +81,7 @@ class Problem:
     packed: bool = True
     apart: Size = 0
     panel: int = PANEL
+    kind: str = "float32"
 
     @property
     def machines(self) -> tuple[Machine, ...]:
@@ -191,10 +194,14 @@ def overhead(problem: Problem, machine: Machine, block: int, cut: Cut) -> float:
     m, words = _number(problem.m), _number(problem.words)
     blocks = -(-m // block)
     rows = m / blocks
-    tile = rows / math.ceil(rows / machine.rows)  # near-equal tiles
+    four, floats = (
+        2 * machine.lanes < problem.panel,
+        problem.kind == "float32",
+    )  # vectors of a panel: a tile has them all
+    tile = rows / math.ceil(rows / (machine.rows // 2 if four and floats else machine.rows))  # near-equal tiles
     depth = min(cut.depth, words)
     panels = -(-_number(problem.n) // problem.panel)
-    evicted = problem.crowded and 2 * machine.lanes < problem.panel and 4 * problem.panel * depth > machine.l1
+    evicted = problem.crowded and four and not floats and 4 * problem.panel * depth > machine.l1
     group = min(cut.group, panels)  # what is equal in cost takes the smallest, which the callers list first
     packed_rows = 0.0 if problem.left == "direct" else rows
     return (

@@ -54,15 +54,16 @@ def matmul_family(task: Task) -> Sequence[Made]:
     if kind is None:
         return loop_family(task)
     weight = constant_weight(task, anchor)
+    panel = PANEL if kind == "float32" else task.panel
     packed: Storage | None = None
     if weight is not None:
         transposed = anchor.target in LINEAR
         n, k = weight.shape if transposed else weight.shape[::-1]
         assert isinstance(k, int) and isinstance(n, int)
-        packed = task.packed(weight, panel_packing(n, k, transposed=transposed, kind=kind, panel=task.panel))
+        packed = task.packed(weight, panel_packing(n, k, transposed=transposed, kind=kind, panel=panel))
     skip = unused_without(anchor, operands(anchor)[1]) if packed is not None else []
     frame = Frame(task, skip=skip, extra=[packed] if packed is not None else [])
-    problem, code = _build(task, anchor, frame, packed, kind)
+    problem, code = _build(task, anchor, frame, packed, kind, panel)
     others = [code(blocking) for blocking in alternatives(problem, task.tuned_for)]
     return [Made(code(choose(problem)), frame.storages, others=tuple(others))]
 
@@ -98,7 +99,7 @@ def _kind(anchor: fx.Node) -> str | None:
 
 
 def _build(
-    task: Task, anchor: fx.Node, frame: Frame, packed: Storage | None, kind: str
+    task: Task, anchor: fx.Node, frame: Frame, packed: Storage | None, kind: str, panel: int
 ) -> tuple[Problem, Callable[[Blocking], KernelCode]]:
     """What is to be blocked, and the kernel for a blocking."""
     work = Anchored(task, anchor, frame)
@@ -116,16 +117,16 @@ def _build(
     words = sizes.ceildiv(product.k, _PER_WORD[kind])
     stride = context.get("a_stride")
     apart = stride // _PER_WORD[kind] if isinstance(stride, int) else 0
-    problem = Problem(product.batch, product.m, product.n, words, left, packed is not None, apart, task.panel)
+    problem = Problem(product.batch, product.m, product.n, words, left, packed is not None, apart, panel, kind)
 
     def code(blocking: Blocking) -> KernelCode:
         code = work.code(
             "matmul.c.jinja",
             family="matmul",
-            units=matmul_units(product.batch, product.m, product.n, blocking.block, task.panel),
+            units=matmul_units(product.batch, product.m, product.n, blocking.block, panel),
             flops=product.flops,
             kind=kind,
-            panel=task.panel,
+            panel=panel,
             BATCH=c_size(product.batch),
             M=c_size(product.m),
             N=c_size(product.n),

@@ -1,9 +1,9 @@
 """Weights as the C kernels stream through them, and the number of work units that each kernel template counts.
 
 All x86 targets of an artifact read the same layouts, so a weight is packed and stored once. Columns (output channels)
-come in panels of :data:`PANEL`, or of :data:`NARROW_PANEL` where no target has wider vectors (:func:`panel_of`); those
-beyond the last one are zeros. Image channels come in blocks of :data:`CHANNELS`. All packing
-functions keep the dtype and return a new C-contiguous array.
+come in panels of :data:`PANEL`, or, in matrices of bfloat16 and int8, of :data:`NARROW_PANEL` where no target has wider
+vectors (:func:`panel_of`); those beyond the last one are zeros. Image channels come in blocks of :data:`CHANNELS`. All
+packing functions keep the dtype and return a new C-contiguous array.
 
 The unit formulas repeat what the templates of the same name compute (``templates/c/*.jinja``); sizes may be symbolic.
 """
@@ -17,9 +17,10 @@ from ...runtime.sizes import Size, add, ceildiv, floordiv, maximum, minimum, mul
 PANEL = 32
 """Output columns that lie side by side in packed weights."""
 NARROW_PANEL = 16
-"""The same where all targets have vectors of 256 bits: what their register tile is wide, so that it reads one stream.
+"""The same for words of several elements where all targets have vectors of 256 bits: what their register tile is wide.
 
-Of wider panels it would take every other line at a time, which uses half of the sets of the first-level cache."""
+Of wider panels it would take every other line at a time, which uses half of the sets of the first-level cache. Tiles of
+float32 take all of a wide panel at once."""
 CHANNELS = 16
 """Channels that lie side by side in a channels-blocked image."""
 WORD = 4
@@ -35,7 +36,7 @@ _DEPTHWISE_COLUMNS = 64
 
 
 def panel_of(vector_bits: int) -> int:
-    """Columns of a panel for targets of which the widest has vectors of so many bits."""
+    """Columns of a panel of bfloat16 or int8 for targets of which the widest has vectors of so many bits."""
     return PANEL if vector_bits > 256 else NARROW_PANEL
 
 

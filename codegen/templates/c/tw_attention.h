@@ -124,6 +124,18 @@ static inline void tw_pack_value_f32(float *to, int64_t pitch, const float *from
 #define TW_SCALE_narrow(r) x##r = tw_load(sums + r * pitch) * factors[r];
 #define TW_KEEP(r) tw_store(sums + r * pitch, x##r), tw_store(sums + r * pitch + TW_LANES, y##r);
 #define TW_KEEP_narrow(r) tw_store(sums + r * pitch, x##r);
+#define TW_SCALE_WIDE(r) /* of four vectors: see TW_STEPS_WIDE */ \
+    w##r = tw_load(sums + r * pitch) * factors[r], x##r = tw_load(sums + r * pitch + 8) * factors[r]; \
+    y##r = tw_load(sums + r * pitch + 16) * factors[r], z##r = tw_load(sums + r * pitch + 24) * factors[r];
+#define TW_KEEP_WIDE(r) \
+    tw_store(sums + r * pitch, w##r), tw_store(sums + r * pitch + 8, x##r); \
+    tw_store(sums + r * pitch + 16, y##r), tw_store(sums + r * pitch + 24, z##r);
+/* Short vectors leave little between a step's multiply-adds and the counting of the next. */
+#if defined(__SANITIZE_ADDRESS__) || TW_LANES > 8 || defined(TW_WORDS_H)
+#define TW_UNROLLED_TILE
+#else
+#define TW_UNROLLED_TILE _Pragma("GCC unroll 4")
+#endif
 #define TW_DEFINE_TILE(NAME, ELEMENT, STEPS, ZERO, SCALE, KEEP, ROWS) \
     static __attribute__((unused, noinline)) void NAME##ROWS( \
         const ELEMENT *a, int64_t stride, const ELEMENT *b, int64_t step, int64_t depth, float *sums, int64_t pitch, \
@@ -132,6 +144,7 @@ static inline void tw_pack_value_f32(float *to, int64_t pitch, const float *from
         TW_REPEAT_##ROWS(TW_TILE_POINTER) \
         TW_REPEAT_##ROWS(ZERO) \
         if (factors) { TW_REPEAT_##ROWS(SCALE) } \
+        TW_UNROLLED_TILE \
         for (int64_t k = 0; k < depth; k++, b += step) { STEPS(ROWS) } \
         TW_REPEAT_##ROWS(KEEP) \
     }
@@ -141,8 +154,8 @@ static inline void tw_pack_value_f32(float *to, int64_t pitch, const float *from
         tw_narrow_##KIND##_, ELEMENT, TW_STEPS_##KIND##_narrow, TW_ZERO_narrow, TW_SCALE_narrow, TW_KEEP_narrow, ROWS)
 
 /* The same for `width` columns of one panel, which are rounded up to whole vectors; at most TW_MR rows. */
-#define TW_DEFINE_TILE_OF_ROWS(KIND, ELEMENT) \
-    static inline void tw_tile_##KIND( \
+#define TW_DEFINE_TILE_OF_ROWS(KIND, ELEMENT, HOW) \
+    static inline void tw_tile_##HOW##KIND( \
         int64_t rows, int64_t width, const ELEMENT *a, int64_t stride, const ELEMENT *b, int64_t step, int64_t depth, \
         float *sums, int64_t pitch, const float *factors) { \
         for (int64_t c = 0; c < width; c += 2 * TW_LANES) { \
@@ -157,7 +170,7 @@ static inline void tw_pack_value_f32(float *to, int64_t pitch, const float *from
 #ifdef TW_WORDS_H
 #define TW_DEFINE_TILES_bf16(ROWS) TW_DEFINE_TILES(bf16, uint32_t, ROWS)
 TW_FOR_EACH_ROWS(TW_DEFINE_TILES_bf16)
-TW_DEFINE_TILE_OF_ROWS(bf16, uint32_t)
+TW_DEFINE_TILE_OF_ROWS(bf16, uint32_t, )
 
 /* Two rows of `length` bfloat16 into panels of words that are `pitch` words apart. */
 static inline void tw_pack_value_bf16(
@@ -188,7 +201,31 @@ static inline void tw_store_pair_bf16(uint16_t *to, tw_vec first, tw_vec second)
 #else
 #define TW_DEFINE_TILES_f32(ROWS) TW_DEFINE_TILES(f32, float, ROWS)
 TW_FOR_EACH_ROWS(TW_DEFINE_TILES_f32)
-TW_DEFINE_TILE_OF_ROWS(f32, float)
+#if TW_LANES * 2 < TW_PANEL
+TW_DEFINE_TILE_OF_ROWS(f32, float, in_halves_)
+
+/* All columns of a panel, for up to TW_MR / 2 rows at once; see tw_simd.h. */
+#define TW_DEFINE_WHOLE_TILE(ROWS) \
+    TW_DEFINE_TILE(tw_whole_f32_, float, TW_STEPS_WIDE, TW_ZERO_WIDE, TW_SCALE_WIDE, TW_KEEP_WIDE, ROWS)
+TW_DEFINE_WHOLE_TILE(1)
+TW_DEFINE_WHOLE_TILE(2)
+TW_DEFINE_WHOLE_TILE(3)
+static inline void tw_tile_f32(
+    int64_t rows, int64_t width, const float *a, int64_t stride, const float *b, int64_t step, int64_t depth,
+    float *sums, int64_t pitch, const float *factors) {
+    if (width + TW_LANES <= TW_PANEL) {
+        tw_tile_in_halves_f32(rows, width, a, stride, b, step, depth, sums, pitch, factors);
+    } else {
+        const int64_t half = rows > TW_MR / 2 ? (rows + 1) / 2 : rows;
+        TW_SWITCH_FLOATS(tw_whole_f32_, half, a, stride, b, step, depth, sums, pitch, factors)
+        TW_SWITCH_FLOATS(
+            tw_whole_f32_, rows - half, a + half * stride, stride, b, step, depth, sums + half * pitch, pitch,
+            factors ? factors + half : 0)
+    }
+}
+#else
+TW_DEFINE_TILE_OF_ROWS(f32, float, )
+#endif
 #endif
 
 /* ---- softmax ---- */

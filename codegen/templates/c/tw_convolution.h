@@ -64,30 +64,10 @@ enum { TW_HALVES_USED = (TW_ROWS_USED & 14) | ((TW_ROWS_USED >> 2 | TW_ROWS_USED
 
 #if TW_LANES * 2 < TW_PANEL
 /* All 32 columns of up to TW_MR / 2 rows: one vector of the panel after another is multiplied by all pixels. */
-#define TW_ZERO_f32_wide(r) tw_vec w##r = {0}, x##r = {0}, y##r = {0}, z##r = {0};
-#define TW_RESUME_f32_wide(r) \
-    w##r = tw_load(sums + r * TW_PANEL), x##r = tw_load(sums + r * TW_PANEL + 8); \
-    y##r = tw_load(sums + r * TW_PANEL + 16), z##r = tw_load(sums + r * TW_PANEL + 24);
-#define TW_FINISH_f32_wide(r) \
-    tw_store(sums + r * TW_PANEL, w##r), tw_store(sums + r * TW_PANEL + 8, x##r); \
-    tw_store(sums + r * TW_PANEL + 16, y##r), tw_store(sums + r * TW_PANEL + 24, z##r);
-#define TW_PIXEL_f32_wide(r) const tw_vec c##r = a##r[k] - (tw_vec){0};
-#define TW_STEP_w(r) w##r += c##r * b0;
-#define TW_STEP_x(r) x##r += c##r * b1;
-#define TW_STEP_y(r) y##r += c##r * b2;
-#define TW_STEP_z(r) z##r += c##r * b3;
-#define TW_STEPS_f32_wide(ROWS) \
-    { \
-        TW_REPEAT_##ROWS(TW_PIXEL_f32_wide) \
-        const tw_vec b0 = tw_load(b); \
-        TW_REPEAT_##ROWS(TW_STEP_w) \
-        const tw_vec b1 = tw_load(b + 8); \
-        TW_REPEAT_##ROWS(TW_STEP_x) \
-        const tw_vec b2 = tw_load(b + 16); \
-        TW_REPEAT_##ROWS(TW_STEP_y) \
-        const tw_vec b3 = tw_load(b + 24); \
-        TW_REPEAT_##ROWS(TW_STEP_z) \
-    }
+#define TW_ZERO_f32_wide(r) TW_ZERO_WIDE(r)
+#define TW_RESUME_f32_wide(r) TW_RESUME_WIDE(r)
+#define TW_FINISH_f32_wide(r) TW_FINISH_WIDE(r)
+#define TW_STEPS_f32_wide(ROWS) TW_STEPS_WIDE(ROWS)
 #endif
 
 /* The image and the kernel that slides over it. */

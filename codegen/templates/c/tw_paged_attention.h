@@ -37,10 +37,11 @@ static inline tw_vec tw_load_half(const uint16_t *p) {
     const tw_vec b0 = LOAD(b), b1 = LOAD(b + TW_LANES); \
     TW_FETCH(2 * TW_LANES) \
     TW_REPEAT_##ROWS(TW_STEP)
+#define TW_STEP_OF_FOUR(r) w##r += a##r[k] * b0, x##r += a##r[k] * b1, y##r += a##r[k] * b2, z##r += a##r[k] * b3;
 #define TW_PAGED_WIDE(LOAD, ROWS) \
     const tw_vec b0 = LOAD(b), b1 = LOAD(b + TW_LANES), b2 = LOAD(b + 2 * TW_LANES), b3 = LOAD(b + 3 * TW_LANES); \
     TW_FETCH(4 * TW_LANES) \
-    TW_REPEAT_##ROWS(TW_STEP_WIDE)
+    TW_REPEAT_##ROWS(TW_STEP_OF_FOUR)
 #define TW_DEFINE_PAGED(NAME, ELEMENT, LOAD, COLUMNS, STEPS, ZERO, SCALE, KEEP, ROWS) \
     static __attribute__((unused, noinline)) void NAME##ROWS( \
         const float *a, int64_t stride, const ELEMENT *const *blocks, const ELEMENT *const *soon, int64_t part, \
@@ -67,12 +68,6 @@ TW_FOR_EACH_ROWS(TW_DEFINE_PAGED_half)
 
 #if TW_LANES * 2 < TW_PANEL
 /* One or two rows wait for each other's additions less when they take more columns. */
-#define TW_SCALE_WIDE(r) \
-    w##r = tw_load(sums + r * pitch) * factors[r], x##r = tw_load(sums + r * pitch + 8) * factors[r]; \
-    y##r = tw_load(sums + r * pitch + 16) * factors[r], z##r = tw_load(sums + r * pitch + 24) * factors[r];
-#define TW_KEEP_WIDE(r) \
-    tw_store(sums + r * pitch, w##r), tw_store(sums + r * pitch + 8, x##r); \
-    tw_store(sums + r * pitch + 16, y##r), tw_store(sums + r * pitch + 24, z##r);
 #define TW_DEFINE_PAGED_WIDE(KIND, ELEMENT, ROWS) \
     TW_DEFINE_PAGED( \
         tw_paged_wide_##KIND##_, ELEMENT, tw_load_##KIND, 4 * TW_LANES, TW_PAGED_WIDE, TW_ZERO_WIDE, TW_SCALE_WIDE, \

@@ -90,11 +90,68 @@ static inline int64_t tw_loop_count(int64_t count) {
 #define TW_STEP_narrow(r) x##r += a##r[k] * b0;
 #define TW_FINISH_narrow(r) tw_store(sums + r * TW_PANEL, x##r);
 
-/* sums[r][0..2*TW_LANES) (+)= sum over k < depth of a[r*stride + k] * b[k*32 + ...]; resume: continue what is there. */
+/* All columns of a panel of four vectors: accumulators w_r to z_r of row r. With 16 registers, 3 rows of them take 7
+ * loads for 12 multiply-adds, and 6 rows of half a panel 8. The fewer loads and other instructions a multiply-add has,
+ * the less it matters that the other hardware thread of the core has work, too. */
+#define TW_ZERO_WIDE(r) tw_vec w##r = {0}, x##r = {0}, y##r = {0}, z##r = {0};
+#define TW_RESUME_WIDE(r) \
+    w##r = tw_load(sums + r * TW_PANEL), x##r = tw_load(sums + r * TW_PANEL + 8); \
+    y##r = tw_load(sums + r * TW_PANEL + 16), z##r = tw_load(sums + r * TW_PANEL + 24);
+#define TW_FINISH_WIDE(r) \
+    tw_store(sums + r * TW_PANEL, w##r), tw_store(sums + r * TW_PANEL + 8, x##r); \
+    tw_store(sums + r * TW_PANEL + 16, y##r), tw_store(sums + r * TW_PANEL + 24, z##r);
+#define TW_SPREAD(r) const tw_vec c##r = a##r[k] - (tw_vec){0};
+#define TW_STEP_w(r) w##r += c##r * b0;
+#define TW_STEP_x(r) x##r += c##r * b1;
+#define TW_STEP_y(r) y##r += c##r * b2;
+#define TW_STEP_z(r) z##r += c##r * b3;
+#define TW_STEPS_WIDE(ROWS) /* one vector of the panel after another is multiplied by all rows */ \
+    { \
+        TW_REPEAT_##ROWS(TW_SPREAD) \
+        const tw_vec b0 = tw_load(b); \
+        TW_REPEAT_##ROWS(TW_STEP_w) \
+        const tw_vec b1 = tw_load(b + 8); \
+        TW_REPEAT_##ROWS(TW_STEP_x) \
+        const tw_vec b2 = tw_load(b + 16); \
+        TW_REPEAT_##ROWS(TW_STEP_y) \
+        const tw_vec b3 = tw_load(b + 24); \
+        TW_REPEAT_##ROWS(TW_STEP_z) \
+    }
+
+/* sums[r][0..TW_PANEL) (+)= sum over k < depth of a[r*stride + k] * b[k*TW_PANEL + ...]; resume: continue what is there.
+ * `ahead` is memory that will be read soon; some of it is fetched into the second-level cache. */
 #define TW_ROW_POINTER(r) const float *const a##r = a + r * stride;
+#if TW_LANES * 2 < TW_PANEL
+#define TW_TILE_ROWS 3 /* rows of a tile of float32 */
+#define TW_NEXT_STEPS_WIDE(ROWS) TW_STEPS_WIDE(ROWS) k++, b += TW_PANEL;
 #define TW_DEFINE_PRODUCT(ROWS) \
     static __attribute__((unused, noinline)) void tw_product_##ROWS( \
-        const float *a, int64_t stride, const float *b, int64_t depth, float *sums, int resume) { \
+        const float *a, int64_t stride, const float *b, int64_t depth, float *sums, int resume, const char *ahead) { \
+        TW_REPEAT_##ROWS(TW_ROW_POINTER) \
+        TW_REPEAT_##ROWS(TW_ZERO_WIDE) \
+        if (resume) { TW_REPEAT_##ROWS(TW_RESUME_WIDE) } \
+        int64_t k = 0; \
+        for (int64_t left = depth / 4; left > 0; left--, ahead += 64) { \
+            __builtin_prefetch(ahead, 0, 2); \
+            TW_NEXT_STEPS_WIDE(ROWS) TW_NEXT_STEPS_WIDE(ROWS) TW_NEXT_STEPS_WIDE(ROWS) TW_NEXT_STEPS_WIDE(ROWS) \
+        } \
+        if (depth & 2) { TW_NEXT_STEPS_WIDE(ROWS) TW_NEXT_STEPS_WIDE(ROWS) } \
+        if (depth & 1) { TW_NEXT_STEPS_WIDE(ROWS) } \
+        TW_REPEAT_##ROWS(TW_FINISH_WIDE) \
+    }
+TW_DEFINE_PRODUCT(1)
+TW_DEFINE_PRODUCT(2)
+TW_DEFINE_PRODUCT(3)
+#define TW_SWITCH_FLOATS(function, rows, ...) \
+    switch (rows) { \
+        TW_CASE(function, 1, __VA_ARGS__) TW_CASE(function, 2, __VA_ARGS__) TW_CASE(function, 3, __VA_ARGS__) \
+    }
+#else
+#define TW_TILE_ROWS TW_MR
+#define TW_DEFINE_PRODUCT(ROWS) \
+    static __attribute__((unused, noinline)) void tw_product_##ROWS( \
+        const float *a, int64_t stride, const float *b, int64_t depth, float *sums, int resume, const char *ahead) { \
+        (void)ahead; \
         TW_REPEAT_##ROWS(TW_ROW_POINTER) \
         TW_REPEAT_##ROWS(TW_ZERO) \
         if (resume) { TW_REPEAT_##ROWS(TW_RESUME) } \
@@ -105,59 +162,27 @@ static inline int64_t tw_loop_count(int64_t count) {
         TW_REPEAT_##ROWS(TW_FINISH) \
     }
 TW_FOR_EACH_ROWS(TW_DEFINE_PRODUCT)
-
-#if TW_LANES * 2 < TW_PANEL
-/* With few rows the panel itself is the traffic: read whole rows of it, not each half of it in turn. */
-#define TW_ZERO_WIDE(r) tw_vec w##r = {0}, x##r = {0}, y##r = {0}, z##r = {0};
-#define TW_RESUME_WIDE(r) \
-    w##r = tw_load(sums + r * TW_PANEL), x##r = tw_load(sums + r * TW_PANEL + 8); \
-    y##r = tw_load(sums + r * TW_PANEL + 16), z##r = tw_load(sums + r * TW_PANEL + 24);
-#define TW_STEP_WIDE(r) w##r += a##r[k] * b0, x##r += a##r[k] * b1, y##r += a##r[k] * b2, z##r += a##r[k] * b3;
-#define TW_FINISH_WIDE(r) \
-    tw_store(sums + r * TW_PANEL, w##r), tw_store(sums + r * TW_PANEL + 8, x##r); \
-    tw_store(sums + r * TW_PANEL + 16, y##r), tw_store(sums + r * TW_PANEL + 24, z##r);
-#define TW_DEFINE_PRODUCT_WIDE(ROWS) \
-    static __attribute__((unused, noinline)) void tw_product_wide_##ROWS( \
-        const float *a, int64_t stride, const float *b, int64_t depth, float *sums, int resume) { \
-        TW_REPEAT_##ROWS(TW_ROW_POINTER) \
-        TW_REPEAT_##ROWS(TW_ZERO_WIDE) \
-        if (resume) { TW_REPEAT_##ROWS(TW_RESUME_WIDE) } \
-        for (int64_t k = 0; k < depth; k++, b += TW_PANEL) { \
-            const tw_vec b0 = tw_load(b), b1 = tw_load(b + 8), b2 = tw_load(b + 16), b3 = tw_load(b + 24); \
-            TW_REPEAT_##ROWS(TW_STEP_WIDE) \
-        } \
-        TW_REPEAT_##ROWS(TW_FINISH_WIDE) \
-    }
-TW_DEFINE_PRODUCT_WIDE(1)
-TW_DEFINE_PRODUCT_WIDE(2)
+#define TW_SWITCH_FLOATS TW_SWITCH_ROWS
 #endif
 
-/* sums[rows][32] (+)= a[rows][depth] * b[depth][32], rows <= TW_MR; rows of a are `stride` floats apart. */
-static inline void tw_product(
-    int64_t rows, const float *a, int64_t stride, const float *b, int64_t depth, float *sums, int resume) {
-#if TW_LANES * 2 < TW_PANEL
-    if (rows == 1) {
-        tw_product_wide_1(a, stride, b, depth, sums, resume);
-    } else if (rows == 2) {
-        tw_product_wide_2(a, stride, b, depth, sums, resume);
-    } else {
-        TW_SWITCH_ROWS(tw_product_, rows, a, stride, b, depth, sums, resume)
-        TW_SWITCH_ROWS(tw_product_, rows, a, stride, b + 16, depth, sums + 16, resume)
-    }
-#else
-    TW_SWITCH_ROWS(tw_product_, rows, a, stride, b, depth, sums, resume)
-#endif
-}
-
-/* The same for any number of rows, cut into near-equal tiles of at most TW_MR. */
-static inline void tw_product_rows(
-    int64_t rows, const float *a, int64_t stride, const float *b, int64_t depth, float *sums, int resume) {
-    const int64_t tiles = tw_ceildiv(rows, TW_MR);
+/* sums[rows][TW_PANEL] (+)= a[rows][depth] * b[depth][TW_PANEL] for any number of rows, which are `stride` floats apart,
+ * cut into near-equal tiles of at most TW_TILE_ROWS. */
+static inline void tw_product_rows_ahead(
+    int64_t rows, const float *a, int64_t stride, const float *b, int64_t depth, float *sums, int resume,
+    const char *ahead) {
+    const int64_t tiles = tw_ceildiv(rows, TW_TILE_ROWS);
     for (int64_t t = 0, row = 0; t < tiles; t++) {
         const int64_t next = rows * (t + 1) / tiles;
-        tw_product(next - row, a + row * stride, stride, b, depth, sums + row * TW_PANEL, resume);
+        TW_SWITCH_FLOATS(
+            tw_product_, next - row, a + row * stride, stride, b, depth, sums + row * TW_PANEL, resume, ahead)
         row = next;
     }
+}
+
+/* The same where what comes next is not known, or in cache. */
+static inline void tw_product_rows(
+    int64_t rows, const float *a, int64_t stride, const float *b, int64_t depth, float *sums, int resume) {
+    tw_product_rows_ahead(rows, a, stride, b, depth, sums, resume, (const char *)b);
 }
 
 #endif

@@ -11,6 +11,7 @@ the whole row is one block, else in chunks with a block of accumulators. All oth
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -256,7 +257,7 @@ class Scope:
     def _masks(self, names: Iterable[str], *more: str) -> str:
         """The guards of the variables and more masks, joined."""
         guards = dict.fromkeys(var.guard for name in sorted(names) if (var := self._variable(name)) is not None)
-        return " & ".join(guard for guard in (*guards, *more) if guard)
+        return joined((*guards, *more))
 
     def _place(self, offset: Size, shape: tuple[str, ...]) -> str:
         """An offset as text, of the given block shape at least."""
@@ -418,9 +419,8 @@ class Scope:
             heads.append((inner, f"for {name} in {count}(0, {text}):"))
             inner = inner._child({variable: Var(name, (), guard, shape)})
         value = inner.value(expr.body)
-        guards = " & ".join(
-            var.guard for name, _ in expr.loops if (var := inner._variable(name)) is not None and var.guard
-        )
+        bound = (inner._variable(name) for name, _ in expr.loops)
+        guards = joined(var.guard for var in bound if var is not None)
         neutral = dialect.neutral(expr.op, expr.body.dtype)
         if guards:
             value = f"tl.where({guards}, {value}, {neutral})"
@@ -456,6 +456,19 @@ def _is_typed(expr: Call) -> bool:
         return all(isinstance(arg, Const) for arg in expr.args[1:])
     is_function = expr.op in FUNCTIONS or (expr.op == "div" and not expr.dtype.startswith("float"))
     return is_function or all(isinstance(arg, Const) for arg in expr.args)
+
+
+def joined(masks: Iterable[str]) -> str:
+    """Masks of which all must hold as one; empty ones do not count.
+
+    ``&`` binds closer than comparisons do, so these get parentheses.
+    """
+    given = [mask for mask in masks if mask]
+    if len(given) < 2:
+        return "".join(given)
+    return " & ".join(
+        f"({mask})" if isinstance(ast.parse(mask, mode="eval").body, ast.Compare) else mask for mask in given
+    )
 
 
 def merge_shapes(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:

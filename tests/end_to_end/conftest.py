@@ -122,7 +122,7 @@ def _resnet18_in_small(patch: pytest.MonkeyPatch) -> Case:
 
 def _mobilenet_in_small(patch: pytest.MonkeyPatch) -> Case:
     rows = tuple(mobilenet_v3.LARGE[index] for index in (1, 4, 10))
-    return _image(mobilenet_v3.MobileNetV3(rows, classes=37), 64, 1, 3, gain=1.3)
+    return replace(_image(mobilenet_v3.MobileNetV3(rows, classes=37), 64, 1, 3, gain=1.3), large=True)
 
 
 def _unet_in_small(patch: pytest.MonkeyPatch) -> Case:

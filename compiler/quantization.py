@@ -122,9 +122,16 @@ class Watch:
         return program
 
     def _constant(self, program: Program, node: fx.Node, layers: tuple[Layer, ...]) -> fx.Node:
-        return insert_constant(
-            program.module, node, f"{node.name}_rows", self._rows[tuple(map(_stored, layers))], origins=(node,)
-        )
+        names = tuple(map(_stored, layers))
+        if names not in self._rows:
+            # An embedding and a product that share a weight and store it alike share the rows: one of the two has them.
+            names = next(known for known in self._rows if list(map(_weight, known)) == list(map(_weight, names)))
+        return insert_constant(program.module, node, f"{node.name}_rows", self._rows[names], origins=(node,))
+
+
+def _weight(stored: Stored) -> tuple[str, str, tuple[int, int]]:
+    name, _, form, shape = stored
+    return name, form, shape
 
 
 def _quantizing(node: fx.Node) -> fx.Node | None:

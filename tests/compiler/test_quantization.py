@@ -85,3 +85,19 @@ def test_options_that_do_not_fit():
         CompileOptions(activations="int8")
     assert CompileOptions(quantize="int8").recipe("cuda").of("x", "linear").activations == -1
     assert CompileOptions(quantize="int8").recipe("cpu").of("x", "linear").activations == 0
+
+
+def test_an_embedding_and_a_head_that_share_their_rows(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(40, 32), nn.Linear(32, 40, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, tokens):
+            return self.head(self.table(tokens))
+
+    torch.manual_seed(0)
+    tokens = torch.tensor([3, 0, 11])
+    done = tilewright.compile(Tied().eval(), (tokens,), output=tmp_path / "tied.tw", quantize="int8")
+    assert done.errors and max(item.error for item in done.errors) < 1e-5

@@ -76,6 +76,6 @@ class Layer(nn.Module):
 def quantized(wanted: Callable[[str], object]) -> Iterator[Quantized]:
     """Every shape in every recipe whose name is wanted: making one takes seconds."""
     for recipe in RECIPES:
-        for name, *shape in SHAPES:
+        for name, m, n, k in SHAPES:
             if wanted(f"{recipe} {name}"):
-                yield Quantized(f"{recipe} {name}", *shape, recipe)
+                yield Quantized(f"{recipe} {name}", m, n, k, recipe)

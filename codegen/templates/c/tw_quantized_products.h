@@ -6,7 +6,7 @@
  *
  * Codes of 4 bits are multiplied unsigned (vpmaddubsw): 8 products of two fit 16 bits, 8 * 2 * 15 * 127 < 2^15. Of 8 bits,
  * AVX2 multiplies terms of 16 bits (vpmaddwd), which no sum of two overflows: there the instructions that change signs and
- * multiply share two units, so two of those for 16 products are faster than three for 32. AVX-512 changes the signs of
+ * multiply share two units, and 32 products take two of those instead of three. AVX-512 changes the signs of
  * activations, |w| * (sign(w) * x), and one product of two fits, 2 * 127 * 127 < 2^15. VNNI sums four products in 32 bits
  * at once; there codes of 8 bits are offset by 128 and the zero point with them.
  *

@@ -76,11 +76,6 @@ static inline void tw_fetch_some(tw_fetch *fetch) {
     }
 }
 
-#define TW_SPREAD_WORD(word, ROW) \
-    { \
-        const tw_q u0 = TW_LOAD_Q(at + (word) * 64), u1 = TW_LOAD_Q(at + (word) * 64 + 32); \
-        ROW \
-    }
 #define TW_ROW_AT_int4(r) TW_TERMS_Q(r, word, TW_DOT_int4, 0, 1)
 #define TW_ROW_AT_int8(r) TW_TERMS_Q(r, word, TW_DOT_int8, 0, 1)
 

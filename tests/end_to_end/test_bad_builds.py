@@ -197,7 +197,9 @@ COMPILE = """
 import sys, torch
 torch.set_num_threads(1)
 import tilewright
-tilewright.compile("mlp", output=sys.argv[1], verify="off")
+module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Softmax(-1)).eval()
+torch.nn.init.ones_(module[0].weight), torch.nn.init.ones_(module[0].bias)
+tilewright.compile(module, (torch.ones(2, 4),), output=sys.argv[1], verify="off")
 """
 
 

@@ -103,7 +103,14 @@ def test_interrupting_a_compilation_leaves_nothing(tmp_path):
     """Ctrl-C reaches the whole foreground group, the C compilers too."""
     command = [sys.executable, "-m", "tilewright", "compile", "digits", "-o", str(tmp_path / "out.tw")]
     environment = {**os.environ, "TILEWRIGHT_CACHE": "off"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background may have it ignored
+    )
     assert process.stderr is not None
     lines = []
     for line in process.stderr:

@@ -2,8 +2,7 @@
 
 A product is panels of 32 columns times blocks of rows; a register tile (``Machine.rows`` x 32 on AVX-512; on AVX2 half
 as many rows for float32, half as many columns at once for others, whose panels are so narrow if no target has AVX-512)
-runs down ``depth`` words of k. What
-the three numbers trade:
+runs down ``depth`` words of k. What the three numbers trade:
 
 - **depth**, words of k in one go. Sums leave and enter the registers once per go, so more is better, until the chunk of
   a panel (128 bytes a word) falls out of the second-level cache. Whether it fits the first one does not matter: a tile
@@ -194,14 +193,13 @@ def overhead(problem: Problem, machine: Machine, block: int, cut: Cut) -> float:
     m, words = _number(problem.m), _number(problem.words)
     blocks = -(-m // block)
     rows = m / blocks
-    four, floats = (
-        2 * machine.lanes < problem.panel,
-        problem.kind == "float32",
-    )  # vectors of a panel: a tile has them all
-    tile = rows / math.ceil(rows / (machine.rows // 2 if four and floats else machine.rows))  # near-equal tiles
+    wide = 2 * machine.lanes < problem.panel  # a panel is four vectors: tiles of float32 take all, others half of them
+    floats = problem.kind == "float32"
+    most = machine.rows // 2 if wide and floats else machine.rows
+    tile = rows / math.ceil(rows / most)  # near-equal tiles
     depth = min(cut.depth, words)
     panels = -(-_number(problem.n) // problem.panel)
-    evicted = problem.crowded and four and not floats and 4 * problem.panel * depth > machine.l1
+    evicted = problem.crowded and wide and not floats and 4 * problem.panel * depth > machine.l1
     group = min(cut.group, panels)  # what is equal in cost takes the smallest, which the callers list first
     packed_rows = 0.0 if problem.left == "direct" else rows
     return (

@@ -90,12 +90,11 @@ def _shares(results: Results, cases: Sequence[Case], precision: str) -> Iterator
         systems = results.get(f"start/{case.name}", {"systems": {}})["systems"]
         good = {name: item for name, item in systems.items() if "error" not in item}
         if OURS in good and len(good) > 1:
-            least = results[f"start/{case.name}"].get("python", {})
-            if "seconds" in least:
-                fastest = min(item["seconds"] for name, item in good.items() if name != OURS)
-                pythons[case.model] = f" (Python and numpy alone {least['seconds'] / fastest:.2f})"
             for shares, key in ((starts, "seconds"), (memories, "peak_bytes")):
-                shares[case.model] = good[OURS][key] / min(item[key] for name, item in good.items() if name != OURS)
+                best = min(item[key] for name, item in good.items() if name != OURS)
+                shares[case.model] = good[OURS][key] / best
+                if shares is starts and (least := results[f"start/{case.name}"].get("python", {}).get(key)):
+                    pythons[case.model] = f" (Python and numpy alone {least / best:.2f})"
     for text, shares, limit in (
         ("compile time as a share of AOTInductor's", compiles, MOST_COMPILE),
         ("start-up as a share of the fastest peer's", starts, MOST_START),

@@ -46,7 +46,7 @@ class Quantized:
         PassManager(pipeline(fusion_roles("cpu"), "cpu")).run(program)
         kernels, constants = KernelTable(), ConstantTable()
         lowered = lower(program, kernels, constants, FAMILIES)
-        ((kernel,), (step,)) = kernels.kernels, lowered.steps
+        ((kernel,), (step,)) = kernels.kernels, lowered.draft.steps
         (variant,) = step.variants
         self.source = kernel.text.replace(kernel.name, "kernel")
         self.units = sizes.evaluate(variant.units, {})

@@ -18,7 +18,7 @@ from ..passes.graph.program import Program
 from ..passes.graph.regions import body, is_region
 from ..runtime import sizes
 from ..runtime.errors import CompileError, UnsupportedOperator
-from ..runtime.plan import Buffer, Origin, Port, Ref, Step, Symbol, Variant
+from ..runtime.plan import Buffer, Origin, Plan, Port, Ref, Step, Symbol, Variant
 from ..runtime.plan_check import ITEM_BYTES
 from ..runtime.sizes import Size
 from .in_place import refuse_later_readers
@@ -185,10 +185,7 @@ class _Lowering:
         try:
             made = self.families[family](task)
             if self.tuner is not None:
-                values = {
-                    PREFIX + symbol.name: symbol.sample
-                    for symbol in plan_symbols(self.program, self.symbols, self.inputs, self.states)
-                }
+                values = {PREFIX + symbol.name: symbol.sample for symbol in self._symbols()}
                 made = [self.tuner.choose(item, values) for item in made]
         except (CompileError, UnsupportedOperator) as error:
             raise type(error)(f"{origin_of(node).source or node.name}: {error}") from error
@@ -237,8 +234,8 @@ class _Lowering:
             state_buffer(state, s.dtype, self._shape(s), self.constants)
             for state, s in zip(self.program.states, self.states, strict=True)
         ]
-        return Lowered(
-            program=self.program,
+        draft = Plan(
+            entry=self.program.name,
             symbols=symbols,
             inputs=tuple(
                 Port(given.name, s.dtype, self._shape(s))
@@ -251,10 +248,11 @@ class _Lowering:
             results=result_tree(self.program.results, leaves, self.symbols),
             checks=plan_checks(self.program, self.symbols),
             states=tuple(state for state, _ in states),
+            constants=(),
             buffers=plan_memory(buffers, _assignments(symbols)),
             steps=steps,
-            initial=tuple(index for _, index in states if index is not None),
         )
+        return Lowered(draft, tuple(index for _, index in states if index is not None))
 
     def _buffers(self) -> list[Buffer]:
         """Scratch buffers with their lives, numbered by first use."""

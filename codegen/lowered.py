@@ -4,34 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from ..passes.graph.program import Program
-from ..runtime.plan import Buffer, Check, Constant, Plan, Port, Ref, StateBuffer, Step, Symbol
+from ..runtime.plan import Constant, Plan, Ref, Step
 
 
-@dataclass
+@dataclass(frozen=True)
 class Lowered:
     """One entry point, lowered: everything of the plan but the places of constants in the weight file.
 
-    ``initial`` are the constants that states start as, by their place in the table.
+    Attributes:
+        draft: the plan without constants, whose operands name them by their place in the table.
+        initial: the constants that states start as, by their place in the table.
     """
 
-    program: Program
-    symbols: tuple[Symbol, ...]
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    results: Any
-    checks: tuple[Check, ...]
-    states: tuple[StateBuffer, ...]
-    buffers: tuple[Buffer, ...]
-    steps: tuple[Step, ...]
-
+    draft: Plan
     initial: tuple[int, ...] = ()
 
     def constants(self) -> set[int]:
         """The constants that the entry point reads, by their place in the table."""
-        refs = (ref for step in self.steps for variant in step.variants for ref in variant.operands)
+        refs = (ref for step in self.draft.steps for variant in step.variants for ref in variant.operands)
         return {ref.index for ref in refs if ref.kind == "constant"} | set(self.initial)
 
     def plan(self, constants: Sequence[Constant], numbers: Mapping[int, int]) -> Plan:
@@ -49,7 +40,4 @@ class Lowered:
             variants = (replace(item, operands=tuple(map(place, item.operands))) for item in step.variants)
             return replace(step, variants=tuple(variants))
 
-        return Plan(
-            self.program.name, self.symbols, self.inputs, self.outputs, self.results, self.checks, self.states,
-            tuple(constants), self.buffers, tuple(map(placed, self.steps)),
-        )  # fmt: skip
+        return replace(self.draft, constants=tuple(constants), steps=tuple(map(placed, self.draft.steps)))

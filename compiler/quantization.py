@@ -21,7 +21,6 @@ from ..passes.graph.match import aten
 from ..passes.graph.program import Program
 from ..passes.graph.quantization import Layer, Ledger
 from ..passes.graph.quantized_ops import DEQUANTIZE, QUANTIZE_WEIGHT
-from ..passes.graph.quantized_rows import RowFormat
 from ..passes.graph.query import calls, remove_unused
 from ..passes.graph.regions import body, is_region
 from ..passes.verify import compare
@@ -164,8 +163,7 @@ def relative_error(weight: torch.Tensor, rows: torch.Tensor, layer: Layer) -> fl
         rows: its quantized rows.
         layer: how they are quantized.
     """
-    spec = layer.asked
-    form = RowFormat(layer.shape[1], spec.bits, spec.group, spec.symmetric)
+    form = layer.form
     count = max(1, _CHUNK // max(1, layer.shape[1]))
     off = whole = 0.0
     for part, stored in zip(weight.split(count), rows.split(count), strict=True):
@@ -189,7 +187,7 @@ def _describe(layer: Layer, error: float | None) -> dict[str, Any]:
     }  # fmt: skip
     if layer.refusal:
         return found | {"why": layer.refusal}
-    size = layer.shape[0] * RowFormat(layer.shape[1], spec.bits, spec.group, spec.symmetric).row_bytes
+    size = layer.shape[0] * layer.form.row_bytes
     if layer.kind == "linear":
         found["activations"] = spec.activation_name
     return found | {"bytes": size, "error": None if error is None else float(f"{error:.4g}")}

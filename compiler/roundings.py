@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..codegen.quantized import format_of
 from ..passes.graph.match import aten
 from ..passes.graph.quantized_ops import QUANTIZED_LINEAR, SMALLEST_ROW
-from ..passes.graph.quantized_rows import RowFormat
 from ..passes.graph.query import arguments, calls
 from ..passes.verify import TOLERANCES, error_of
 
@@ -91,7 +91,7 @@ class _Region:
         given = {name: interpreter.env[value] if isinstance(value, fx.Node) else value
                  for name, value in arguments(node).items()}  # fmt: skip
         self.rows = self._product.shape[:-1].numel()
-        self._form = RowFormat(given["columns"], given["bits"], given["group"], given["symmetric"])
+        self._form = format_of(given)
         self._weight: torch.Tensor = given["weight"]
         self._x = given["x"].float().reshape(self.rows, -1)
         self._group = given["activations"] or max(1, self._form.columns)

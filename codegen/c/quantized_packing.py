@@ -27,7 +27,7 @@ from .packing import PANEL
 STEP = 32
 """Terms of a step."""
 SCRATCH = 512 << 10
-"""Most bytes of stack for a block of rows."""
+"""Most bytes of stack for a block of rows; tw_entry.h says what callers need."""
 BLOCKS = (64, 48, 32, 24, 16, 12, 8, 4, 2, 1)
 """Numbers of rows that are multiplied while a panel is in cache."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...runtime.errors import UsageError
+from .quantized_rows import RowFormat
 
 Kind = Literal["linear", "embedding"]
 ACTIVATIONS: dict[str, str] = {
@@ -154,6 +155,11 @@ class Layer:
     asked: WeightSpec
     shape: tuple[int, int]
     refusal: str = ""
+
+    @property
+    def form(self) -> RowFormat:
+        """The format of its rows."""
+        return RowFormat(self.shape[1], self.asked.bits, self.asked.group, self.asked.symmetric)
 
 
 @dataclass

@@ -110,6 +110,7 @@ def test_rows_of_two_varying_axes_are_read_in_place(precision):
     ("target", "precision", "panel"),
     [
         ("cpu:x86-64-v3", "fp32", 32),
+        ("cpu:x86-64-v3,cpu:x86-64-v4", "fp32", 32),
         ("cpu:x86-64-v3", "bf16", 16),
         ("cpu:x86-64-v3,cpu:x86-64-v4", "bf16", 32),
     ],
@@ -120,4 +121,4 @@ def test_panels_are_as_wide_as_the_widest_target_wants(compiled, assert_same, ta
     model = compiled(module, inputs, target=target, precision=precision)
     keys = [constant.key for constant in model.entry("main").plan.constants if ".panels" in constant.key]
     assert keys and all(key.rstrip("t").endswith(f".panels{panel}") for key in keys), keys
-    assert_same(model, module, inputs, 2e-6 if precision == "fp32" else 2e-2)
+    assert_same(model, module, inputs, 2e-6 if precision == "fp32" else 8e-3)

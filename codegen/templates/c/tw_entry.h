@@ -44,7 +44,8 @@ typedef struct {
     const char *(*check)(const int64_t *symbols);
     /* Fills in the shapes: the sizes of the first input, of the second, ..., then those of the outputs. */
     void (*shapes)(const int64_t *symbols, int64_t *dims);
-    /* tw_arena_<entry> and tw_run_<entry>, see tw_runtime.h. */
+    /* tw_arena_<entry> and tw_run_<entry>, see tw_runtime.h. Kernels keep up to 512 KB on the stack of the thread that
+     * calls: it should have a megabyte. */
     int64_t (*arena)(const int64_t *symbols, int64_t *offsets);
     int32_t (*run)(tw_call *call);
     /* Fills in the bytes of each state. Libraries of format 2 and before end above; no state of theirs varies. */

@@ -53,7 +53,8 @@ class Lowered:
     def __call__(self, *inputs: torch.Tensor, tile: int = 0, variant: int | None = None) -> torch.Tensor:
         """The result, of the variant that the guards choose or of a given one."""
         symbols = {
-            symbol.name: inputs[symbol.input].shape[symbol.axis] // symbol.factor for symbol in self.lowered.symbols
+            symbol.name: inputs[symbol.input].shape[symbol.axis] // symbol.factor
+            for symbol in self.lowered.draft.symbols
         }
         number = next(n for n, item in enumerate(self.step.variants) if sizes.evaluate(item.guard, symbols))
         chosen = self.step.variants[number if variant is None else variant]
@@ -74,7 +75,7 @@ class Lowered:
             return to_numpy(inputs[ref.index])
         if ref.kind == "counters":
             return np.zeros(COUNTERS, np.int32)
-        port = (self.lowered.outputs if ref.kind == "output" else self.lowered.buffers)[ref.index]
+        port = (self.lowered.draft.outputs if ref.kind == "output" else self.lowered.draft.buffers)[ref.index]
         shape = [sizes.evaluate(extent, symbols) for extent in port.shape]
         dtype = ml_dtypes.bfloat16 if port.dtype == "bfloat16" else port.dtype
         return np.full(shape, np.nan, dtype)  # what is not written shows
@@ -103,7 +104,7 @@ def attention(interpret):
         program.module.recompile()
         kernels = KernelTable()
         lowered = lower(program, kernels, ConstantTable(), {"attention": attention_family})
-        return Lowered(interpret, lowered.steps[0], {kernel.name: kernel for kernel in kernels.kernels}, lowered)
+        return Lowered(interpret, lowered.draft.steps[0], {kernel.name: kernel for kernel in kernels.kernels}, lowered)
 
     return make
 

@@ -52,7 +52,7 @@ class Lowered:
 
         Programs run in reverse order where asked; ``programs`` stands in for the tile's constant ``PROGRAMS``.
         """
-        symbols = {item.name: inputs[item.input].shape[item.axis] // item.factor for item in self.lowered.symbols}
+        symbols = {item.name: inputs[item.input].shape[item.axis] // item.factor for item in self.lowered.draft.symbols}
         number = next(n for n, item in enumerate(self.step.variants) if sizes.evaluate(item.guard, symbols))
         chosen = self.step.variants[number if variant is None else variant]
         binary = next(item for item in chosen.tiles if item.name == tile) if tile else chosen.tiles[0]
@@ -89,7 +89,7 @@ class Lowered:
             item = self.constants.constants[ref.index]
             array = item.load()
             return array.view(ml_dtypes.bfloat16) if item.dtype == "bfloat16" else array
-        port = (self.lowered.outputs if ref.kind == "output" else self.lowered.buffers)[ref.index]
+        port = (self.lowered.draft.outputs if ref.kind == "output" else self.lowered.draft.buffers)[ref.index]
         shape = [sizes.evaluate(extent, symbols) for extent in port.shape]
         array = np.empty(shape, ml_dtypes.bfloat16 if port.dtype == "bfloat16" else port.dtype)
         array.reshape(-1).view(np.uint8)[:] = 255  # NaN: what is not written shows
@@ -119,7 +119,7 @@ def product(interpret):
         program.module.recompile()
         kernels, constants = KernelTable(), ConstantTable()
         lowered = lower(program, kernels, constants, {"matmul": matmul_family}, precision)
-        (step,) = lowered.steps
+        (step,) = lowered.draft.steps
         return Lowered(interpret, step, {kernel.name: kernel for kernel in kernels.kernels}, lowered, constants)
 
     return make
@@ -359,7 +359,7 @@ def test_split_sums_where_rows_vary(product):
     variant = kernel.step.variants[-1]
     tile = next(item for item in variant.tiles if item.values()["SPLIT_K"] > 1)
     constants = tile.values()
-    [partials] = [kernel.lowered.buffers[ref.index] for ref in variant.operands if ref.kind == "buffer"]
+    [partials] = [kernel.lowered.draft.buffers[ref.index] for ref in variant.operands if ref.kind == "buffer"]
     admitted = [rows for rows in range(17, 5000) if sizes.evaluate(tile.guard, {"rows": rows})]
     assert admitted[0] == 17 and admitted[-1] < 4999
     for rows in admitted:

@@ -10,7 +10,8 @@
  * compare-and-swap that succeeds after the generation wrapped joins the job that is open now, which is right as well.
  *
  * Units are split into one range per thread, so that a thread touches the same part of the data in every step; a thread
- * that is done with its range takes chunks from the others.
+ * that is done with its range takes from the others. What is taken at once is half of what a range has left, down to a
+ * small share: few calls of the kernel, and threads end close together also where one is slower than another.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -31,7 +32,7 @@
 #define SPIN_NS 60000        /* how long a thread without work spins before it sleeps */
 #define SPINS_PER_LOOK 32    /* pauses between two looks at the clock */
 #define WORK_PER_THREAD 32768 /* bytes + flops below which another thread costs more than it brings */
-#define CHUNKS_PER_RANGE 4
+#define LEAST_SHARE 32 /* of a range's units, one part in so many is taken at least */
 
 #define ACTIVE_ONE 1u
 #define ACTIVE_MASK 0x3ffu
@@ -47,7 +48,7 @@
 
 typedef struct {
     _Alignas(64) _Atomic int64_t next;
-    int64_t end, chunk;
+    int64_t end, least;
 } range;
 
 typedef struct {
@@ -104,19 +105,21 @@ static void futex_wake(_Atomic uint32_t *word, int count, uint32_t who) {
     syscall(SYS_futex, (uint32_t *)word, FUTEX_WAKE_BITSET_PRIVATE, count, NULL, NULL, who);
 }
 
-/* Takes chunks until none is left, from range `first` on; the units of the job are all taken when it returns. */
+/* Takes units until none is left, from range `first` on; the units of the job are all taken when it returns. */
 static void work_on_job(tw_pool *pool, int first) {
     int32_t fault = 0;
     int count = pool->ranges_used;
     first %= count;
     for (int i = 0; i < count; i++) {
         range *r = &pool->ranges[first + i < count ? first + i : first + i - count];
-        /* looking first keeps a thread that comes late from pushing the counter of a finished range on and on */
-        while (atomic_load_explicit(&r->next, memory_order_relaxed) < r->end) {
-            int64_t begin = atomic_fetch_add_explicit(&r->next, r->chunk, memory_order_relaxed);
-            if (begin >= r->end) break;
-            int64_t end = r->end - begin > r->chunk ? begin + r->chunk : r->end;
-            pool->kernel(pool->buf, pool->dim, begin, end, &fault);
+        int64_t begin = atomic_load_explicit(&r->next, memory_order_relaxed);
+        while (begin < r->end) {
+            int64_t left = r->end - begin, taken = left / 2 > r->least ? left / 2 : left < r->least ? left : r->least;
+            if (!atomic_compare_exchange_weak_explicit(&r->next, &begin, begin + taken, memory_order_relaxed,
+                                                       memory_order_relaxed))
+                continue;
+            pool->kernel(pool->buf, pool->dim, begin, begin + taken, &fault);
+            begin = atomic_load_explicit(&r->next, memory_order_relaxed);
         }
     }
     if (fault) atomic_store_explicit(&pool->fault, 1, memory_order_relaxed);
@@ -202,9 +205,8 @@ static void open_job(tw_pool *pool, int64_t units, int threads) {
     for (int i = 0; i < threads; i++) {
         range *r = &pool->ranges[i];
         int64_t count = share + (i < rest);
-        int64_t chunk = (count + CHUNKS_PER_RANGE - 1) / CHUNKS_PER_RANGE;
         r->end = begin + count;
-        r->chunk = chunk > 0 ? chunk : 1;
+        r->least = (count + LEAST_SHARE - 1) / LEAST_SHARE;
         atomic_store_explicit(&r->next, begin, memory_order_relaxed);
         begin = r->end;
     }

@@ -112,8 +112,16 @@ def _matmuls(rows: Sequence[Mapping[str, Any]]) -> Iterator[Goal]:
             shares = {row["name"]: row["share"] for row in large if row["threads"] == threads}
             least = min(shares, key=lambda name: shares[name])
             text = f"{dtype} large products on {threads} threads, share of the limit, geometric mean of {len(shares)}"
-            text += f" (least {shares[least]:.2f}: {least})"
+            text += f" (least {shares[least]:.2f}: {least}{_of_blas(large, threads)})"
             yield Goal(text, statistics.geometric_mean(list(shares.values())), limit)
+
+
+def _of_blas(rows: Sequence[Mapping[str, Any]], threads: int) -> str:
+    """The share that numpy's BLAS reaches with the same products, where it took part in all of them."""
+    rates = [(row.get("blas_rate"), row["limit"]) for row in rows if row["threads"] == threads and "limit" in row]
+    if not rates or not all(rate for rate, _ in rates):
+        return ""
+    return f"; numpy's BLAS {statistics.geometric_mean([rate / limit for rate, limit in rates]):.2f}"
 
 
 def _is_large(name: str) -> bool:

@@ -1,12 +1,13 @@
-"""Speed of matrix, quantized, convolution and attention kernels, beside PyTorch and the processor's multiply-add limit.
+"""Speed of matrix, quantized, convolution and attention kernels, beside PyTorch, BLAS and the multiply-add limit.
 
     python -m benchmarks.kernels [--target cpu:x86-64-v3] [--only resnet] [--threads 1,2] [--seconds 0.5]
     python -m benchmarks.kernels --json build/kernels.json    # for benchmarks.cpu --report --kernels build/kernels.json
 
-Every row is measured in turns with PyTorch, best of many; the limit is measured again beside every row, with as many
-threads. Weights stay in cache where they fit. Attention of one row counts bytes of keys and values, in GB/s beside the
-limit of reading memory, and so do decoding over a paged cache and one row times a quantized weight. Two threads each
-run half of the work units, without waiting in between.
+Every row is measured in turns with PyTorch, and products of float32 with numpy's BLAS, which is OpenBLAS in the wheels
+that numpy publishes: best of many. The limit is measured again beside every row, with as many threads. Weights stay in
+cache where they fit. Attention of one row counts bytes of keys and values, in GB/s beside the limit of reading memory,
+and so do decoding over a paged cache and one row times a quantized weight. Two threads each run half of the work units,
+without waiting in between.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from tilewright.codegen.c import packing
 from tilewright.codegen.c.blocking import Problem, choose
@@ -42,6 +44,8 @@ from .limits import build, loops, timed
 
 SPINNING = 0.01
 """Seconds after which PyTorch's threads have stopped waiting in a loop, on a processor that others need."""
+BLAS_SPINNING = 0.1
+"""The same of OpenBLAS."""
 
 
 def main() -> None:
@@ -53,10 +57,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the rows as JSON, which benchmarks.cpu takes as --kernels")
     options = parser.parse_args()
     target, compiler = parse(options.target, features()), find_compiler()
-    print(f"{target.name}, {compiler.version}, torch {torch.__version__}", file=sys.stderr)
+    blas = blas_name()
+    print(f"{target.name}, {compiler.version}, torch {torch.__version__}, numpy with {blas}", file=sys.stderr)
     counts = [int(count) for count in options.threads.split(",")]
     print(
-        f"{'GFLOP/s (share of limit)':34}" + "".join(f"{f'{n} thread(s)':>16}{'torch':>8}{'limit':>7}" for n in counts)
+        f"{'GFLOP/s (share of limit)':34}"
+        + "".join(f"{f'{n} thread(s)':>16}{'torch':>8}{'BLAS':>8}{'limit':>7}" for n in counts)
     )
     rows: list[dict[str, str | int | float]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -70,20 +76,26 @@ def main() -> None:
             line = f"{case.name:34}"
             for count in counts:
                 torch.set_num_threads(count)
-                ours = theirs = top = 0.0
+                ours = theirs = library = top = 0.0
                 deadline = time.perf_counter() + options.seconds
                 while time.perf_counter() < deadline:
                     ours = max(ours, amount / run(kernel, case, count))
                     theirs = max(theirs, amount / run_torch(case, count))
                     time.sleep(SPINNING)
+                    if isinstance(case, Case) and case.blas_call is not None:
+                        library = max(library, amount / run_blas(case, case.blas_call, count))
+                        time.sleep(BLAS_SPINNING)
                     # Units are shared out between threads, so that the rate of all of them comes out.
                     top = max(top, limit.rate(count))
                 row = {"name": case.name, "dtype": case.dtype, "threads": count, "share": ours / top}
                 rows.append(row | {"rate": ours, "torch_rate": theirs, "limit": top})
-                line += f"{ours / 1e9:10.1f} ({ours / top:4.0%}){theirs / 1e9:8.1f}{top / 1e9:7.0f}"
+                if library:
+                    rows[-1]["blas_rate"] = library
+                beside = f"{library / 1e9:8.1f}" if library else f"{'-':>8}"
+                line += f"{ours / 1e9:10.1f} ({ours / top:4.0%}){theirs / 1e9:8.1f}{beside}{top / 1e9:7.0f}"
             print(line, flush=True)
     if options.json:
-        versions = {"target": target.name, "compiler": compiler.version, "torch": torch.__version__}
+        versions = {"target": target.name, "compiler": compiler.version, "torch": torch.__version__, "blas": blas}
         options.json.write_text(json.dumps(versions | {"rows": rows}, indent=1) + "\n")
 
 
@@ -100,6 +112,27 @@ def run_torch(case: Case | Attention | Paged | Quantized, threads: int) -> float
         for _ in range(repeats):
             case.torch_call()
         return (time.perf_counter() - start) / repeats
+
+
+def run_blas(case: Case, call: Callable[[], object], threads: int) -> float:
+    """Seconds for numpy's product."""
+    repeats = repeats_for(case, threads)
+    with threadpool_limits(threads, user_api="blas"):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+
+
+def blas_name() -> str:
+    """The library that numpy multiplies with, and the processors that its kernels are for: ``openblas 0.3.31, Zen``."""
+    found = [f"{one['internal_api']} {one['version']}, {one.get('architecture')}" for one in blas_libraries()]
+    return "; ".join(found) or "an unknown library"
+
+
+def blas_libraries() -> list[dict[str, str]]:
+    """What threadpoolctl knows of the libraries for linear algebra in this process."""
+    return [one for one in threadpool_info() if one["user_api"] == "blas"]
 
 
 def repeats_for(case: Case | Attention | Paged | Quantized, threads: int) -> int:
@@ -161,7 +194,11 @@ def linear(name: str, m: int, n: int, k: int) -> Case:
     tensors = torch.from_numpy(x), torch.from_numpy(weight)
     arrays = [x, packing.pack_matmul(weight.T), np.empty((m, n), np.float32)]
     units = packing.matmul_units(1, m, n, chosen.block)
-    return Case(name, 2 * m * n * k, source, arrays, int(units), lambda: torch.nn.functional.linear(*tensors))
+    right = np.ascontiguousarray(weight.T)
+    return Case(
+        name, 2 * m * n * k, source, arrays, int(units), lambda: torch.nn.functional.linear(*tensors),
+        blas_call=lambda: x @ right,
+    )  # fmt: skip
 
 
 def linear_bf16(name: str, m: int, n: int, k: int, panel: int, left: str = "bfloat16") -> Case:

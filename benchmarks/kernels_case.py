@@ -12,7 +12,7 @@ POINTERS = "const float *restrict x = buf[0]; const float *restrict w = buf[1]; 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer: the kernel's source and arguments, and what PyTorch does for it."""
+    """One layer: the kernel's source and arguments, and what PyTorch, and BLAS where it can, do for it."""
 
     name: str
     flops: int
@@ -21,6 +21,7 @@ class Case:
     units: int
     torch_call: Callable[[], object]
     dtype: str = "float32"
+    blas_call: Callable[[], object] | None = None
 
 
 def random(*shape: int) -> np.ndarray:

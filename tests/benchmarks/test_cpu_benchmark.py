@@ -287,8 +287,8 @@ def test_goals(benchmark):
     units, judging = benchmark("cpu_units"), benchmark("cpu_goals")
     planned = [units.Case("resnet50", "fp32", 1), units.Case("gpt2", "fp32", 8), units.Case("unet", "fp32", 1)]
     rows = [
-        {"name": "square 1024", "dtype": "float32", "threads": 2, "share": 0.96},
-        {"name": "vit 197 q/k/v", "dtype": "float32", "threads": 2, "share": 0.94},
+        {"name": "square 1024", "dtype": "float32", "threads": 2, "share": 0.96, "limit": 2e11, "blas_rate": 1.6e11},
+        {"name": "vit 197 q/k/v", "dtype": "float32", "threads": 2, "share": 0.94, "limit": 1e11, "blas_rate": 5e10},
         {"name": "llama decode 2048 to 8192", "dtype": "float32", "threads": 2, "share": 0.4},
         {"name": "bf16 square 1024", "dtype": "bfloat16", "threads": 2, "share": 0.8},
     ]
@@ -302,7 +302,7 @@ def test_goals(benchmark):
         "fp32 compile time as a share of AOTInductor's: resnet50": (0.25, 0.5, True),
         "fp32 start-up as a share of the fastest peer's: resnet50 (Python and numpy alone 0.25)": (0.5, 0.5, True),
         "fp32 peak memory as a share of the leanest peer's: resnet50": (0.75, 1.0, True),
-        f"float32 {products} 2 (least 0.94: vit 197 q/k/v)": (0.95, 0.92, True),
+        f"float32 {products} 2 (least 0.94: vit 197 q/k/v; numpy's BLAS 0.63)": (0.95, 0.92, True),
         f"bfloat16 {products} 1 (least 0.80: bf16 square 1024)": (0.8, 0.85, False),
     }
     assert set(judging.LEAST_TRANSFORMERS) == set(judging.LEAST_CONVOLUTIONAL) == set(units.PRECISIONS)

@@ -105,14 +105,14 @@ def _by_panel(values: np.ndarray, panels: int, groups: int) -> np.ndarray:
 
 
 def code_bytes(bits: int) -> int:
-    """Bytes of an activation's code beside weights of so many bits: AVX2 multiplies numbers of 8 bits as 16."""
+    """Bytes of an activation's code beside weights of so many bits: with 8, AVX2 keeps magnitudes and signs apart."""
     return 2 if bits == 8 else 1
 
 
 def row_bytes(columns: int, *, codes: int, gathered: bool) -> int:
-    """Bytes of stack that a row of activations takes: its codes, scales and sums, or its floats if gathered."""
+    """Bytes of stack that a row of activations takes: codes, scales, sums and one more, or floats if gathered."""
     if codes:
-        return steps_of(columns) * (STEP * codes + 8)
+        return steps_of(columns) * (STEP * codes + 8) + 4
     return columns * 4 if gathered else 0
 
 

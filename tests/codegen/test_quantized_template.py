@@ -115,3 +115,22 @@ def test_product(native, target, compiler, name, n, k):
         assert (np.abs(got - (expected + bias)) <= 2e-6 * (size + np.abs(bias))).all()
         for row in range(0, m, 5):
             np.testing.assert_array_equal(call(x[row : row + 1].numpy(), packed, bias)[0], got[row])
+
+
+@EVERY
+def test_sums_beyond_16_bits(native, target, compiler):
+    """The largest codes of 8 bits, of one sign and of many; beside them rows whose sums of four products fit."""
+    n, k = 40, 1100
+    form = RowFormat(k, 8, 0, True)
+    signs = torch.randn(n, k, generator=torch.Generator().manual_seed(3)).sign()
+    signs[:20] = 1
+    rows = quantize_weight(signs * torch.linspace(1, 2, n)[:, None], 8, 0, True, False)
+    x = torch.cat([torch.ones(1, k), -torch.ones(1, k), signs[30:36], 0.01 * signs[20:28]])
+    x[8:, 77] = -1
+    call = kernel_of(native, form, n, 0, target, compiler)
+    packed, bias = pack_quantized(rows.numpy(), form), np.zeros(n, np.float32)
+    got = call(x.numpy(), packed, bias)
+    expected, size = exact(x, rows, form, 0)
+    assert (np.abs(got - expected) <= 2e-6 * size).all()
+    for row in range(len(x)):
+        np.testing.assert_array_equal(call(x[row : row + 1].numpy(), packed, bias)[0], got[row])

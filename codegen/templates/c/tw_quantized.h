@@ -13,8 +13,9 @@
  *
  * Rows of activations become codes in [-127, 127], filled up with zeros to whole steps, with a scale for every step. They
  * lie in tiles, the rows that are multiplied at once, so that a product reads a tile from its beginning to its end:
- * [steps][words][rows of the tile][4 bytes], and scales and sums of a step [steps][rows of the tile]. A word is four terms
- * of int8 or, where both factors have 8 bits on AVX2, two of int16: terms 4p and 4p + 2, then 4p + 1 and 4p + 3.
+ * [steps][words][rows of the tile][4 bytes], and scales and sums of a step [steps][rows of the tile]. A word is four terms.
+ * Where both factors have 8 bits, AVX2 takes rows one by one, and a word is the magnitudes of four terms, then their signs,
+ * -1 or 0.
  */
 #ifndef TW_QUANTIZED_H
 #define TW_QUANTIZED_H
@@ -24,14 +25,17 @@
 
 #define TW_STEP_K 32 /* terms of a step */
 
+/* Most rows of a tile, and bytes of an activation's code, by the weights that it meets. */
 #if TW_LANES == 16
-#define TW_ROWS_Q 8 /* most rows of a tile */
+#define TW_ROWS_int4 8
+#define TW_ROWS_int8 8
 #define TW_CODE_BYTES_int8 1
 #else
-#define TW_ROWS_Q 6 /* 6 x 2 sums, 2 vectors of weights, 1 broadcast, 1 product, of 16 registers */
+#define TW_ROWS_int4 6 /* 6 x 2 sums, 2 vectors of weights, 1 broadcast, 1 product, of 16 registers */
+#define TW_ROWS_int8 1
 #define TW_CODE_BYTES_int8 2
 #endif
-#define TW_CODE_BYTES_int4 1 /* of an activation that meets weights of 4 bits */
+#define TW_CODE_BYTES_int4 1
 
 #if defined(__AVX512VNNI__)
 #define TW_OFFSET_int8 128 /* what is added to codes of 8 bits to make them unsigned */
@@ -90,37 +94,38 @@ static inline void tw_header_int8(const uint8_t *from, int zeros, int offset, fl
     }
 }
 
-/* Rows of activations in tiles. A sum is that of a step's codes; where weights of 4 bits have no zero points of their own,
- * AVX2 starts with what their common one takes away, and the sum is two numbers of 16 bits (tw_quantize_row). */
+/* Rows of activations in tiles. A sum is that of a step's codes. Of AVX2, where weights of 4 bits have no zero points of
+ * their own, it is what their common one takes away, as two numbers of 16 bits; beside weights of 8 bits it has the
+ * magnitudes of the negative codes, summed, in its high half (tw_place_codes). */
 typedef struct {
     int8_t *codes;
     float *scales;
     int32_t *sums;
+    int32_t *squares; /* of a row, for TW_SIGNED_SUMS (tw_quantized_signed.h) */
     int64_t rows, steps;
 } tw_quantized;
 
-/* Near-equal tiles of at most TW_ROWS_Q rows: the rows of tile t, and of the tile that a row lies in. */
+/* Near-equal tiles of at most `most` rows: the rows of tile t, and of the tile that a row lies in. */
 typedef struct {
     int64_t first, rows;
 } tw_tile_q;
 
-static inline int64_t tw_tiles_q(int64_t rows) { return tw_ceildiv(rows, TW_ROWS_Q); }
-static inline tw_tile_q tw_tile_at_q(int64_t rows, int64_t t) {
-    const int64_t tiles = tw_tiles_q(rows), first = rows * t / tiles;
+static inline tw_tile_q tw_tile_at_q(int64_t rows, int64_t most, int64_t t) {
+    const int64_t tiles = tw_ceildiv(rows, most), first = rows * t / tiles;
     return (tw_tile_q){first, rows * (t + 1) / tiles - first};
 }
-static inline tw_tile_q tw_tile_of_q(int64_t rows, int64_t row) {
-    return tw_tile_at_q(rows, (tw_tiles_q(rows) * (row + 1) - 1) / rows);
+static inline tw_tile_q tw_tile_of_q(int64_t rows, int64_t most, int64_t row) {
+    return tw_tile_at_q(rows, most, (tw_ceildiv(rows, most) * (row + 1) - 1) / rows);
 }
 
-/* What becomes of a step's codes: how large one is, and what their sum is for. */
-typedef enum { TW_SUMS, TW_WIDE_SUMS, TW_STARTS } tw_codes_q;
+/* What becomes of a step's codes: how one is written, and what their sum is for. */
+typedef enum { TW_SUMS, TW_SIGNED_SUMS, TW_STARTS } tw_codes_q;
 #if TW_LANES == 16
 #define TW_CODES_int4(zeros) TW_SUMS
 #define TW_CODES_int8(zeros) TW_SUMS
 #else
 #define TW_CODES_int4(zeros) ((zeros) ? TW_SUMS : TW_STARTS)
-#define TW_CODES_int8(zeros) TW_WIDE_SUMS
+#define TW_CODES_int8(zeros) TW_SIGNED_SUMS
 #endif
 
 /* The codes of a step to their places in a tile of `rows`, and its sum. */
@@ -133,30 +138,47 @@ static inline void tw_place_codes(__m256i codes, tw_codes_q kind, int64_t rows, 
     both = kind == TW_STARTS ? _mm_sub_epi16(_mm_setzero_si128(), _mm_slli_epi16(both, 3))
                              : _mm_madd_epi16(both, _mm_set1_epi16(1));
     *sum = _mm_cvtsi128_si32(both);
-    int32_t words[16];
-    const int64_t each = kind == TW_WIDE_SUMS ? 2 : 1;
-    if (kind == TW_WIDE_SUMS) {
-        const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8), odd = _mm256_srai_epi16(codes, 8);
-        const __m256i low = _mm256_unpacklo_epi32(even, odd), high = _mm256_unpackhi_epi32(even, odd);
-        _mm256_storeu_si256((__m256i *)words, _mm256_permute2x128_si256(low, high, 0x20));
-        _mm256_storeu_si256((__m256i *)(words + 8), _mm256_permute2x128_si256(low, high, 0x31));
-    } else {
-        _mm256_storeu_si256((__m256i *)words, codes);
+    if (kind == TW_SIGNED_SUMS) { /* tiles of one row */
+        const __m256i sizes = _mm256_abs_epi8(codes), signs = _mm256_cmpgt_epi8(_mm256_setzero_si256(), codes);
+        const __m256i low = _mm256_unpacklo_epi32(sizes, signs), high = _mm256_unpackhi_epi32(sizes, signs);
+        _mm256_storeu_si256((__m256i *)to, _mm256_permute2x128_si256(low, high, 0x20));
+        _mm256_storeu_si256((__m256i *)(to + 32), _mm256_permute2x128_si256(low, high, 0x31));
+        const __m256i quarters = _mm256_sad_epu8(_mm256_and_si256(sizes, signs), _mm256_setzero_si256());
+        __m128i negative = _mm_add_epi32(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256(quarters, 1));
+        negative = _mm_add_epi32(negative, _mm_shuffle_epi32(negative, 0x4e));
+        *sum = (int32_t)((uint32_t)_mm_cvtsi128_si32(negative) << 16 | (uint16_t)*sum);
+        return;
     }
-    for (int64_t word = 0; word < 8 * each; word++) {
+    int32_t words[8];
+    _mm256_storeu_si256((__m256i *)words, codes);
+    for (int64_t word = 0; word < 8; word++) {
         memcpy(to + word * rows * 4, words + word, 4);
     }
+}
+
+/* The greatest of 16 unsigned numbers of 16 bits. */
+static inline int32_t tw_greatest_q(__m256i numbers) {
+    __m128i half = _mm_max_epu16(_mm256_castsi256_si128(numbers), _mm256_extracti128_si256(numbers, 1));
+    half = _mm_xor_si128(half, _mm_set1_epi16(-1)); /* there is an instruction for the least of 8 */
+    return 0xffff - (int32_t)(uint16_t)_mm_cvtsi128_si32(_mm_minpos_epu16(half));
+}
+
+/* The squares of the lengths of a step's codes, four by four as two words in a row are added up. */
+static inline __m256i tw_code_squares(__m256i codes) {
+    const __m256i sizes = _mm256_abs_epi8(codes), squares = _mm256_maddubs_epi16(sizes, sizes);
+    return _mm256_add_epi16(squares, _mm256_shuffle_epi32(squares, 0xb1));
 }
 
 /* Row `row` of x, k floats, as codes in [-127, 127], rounded half to even, with one scale for every `per` steps: the largest
  * magnitude / 127. What is smaller than 1e-30 throughout has scale 0 and codes 0; a NaN makes the scale NaN. */
 static inline void tw_quantize_row(
     const float *from_row, int64_t k, int64_t per, tw_codes_q kind, const tw_quantized *x, int64_t row) {
-    const int64_t steps = tw_ceildiv(k, TW_STEP_K), bytes = kind == TW_WIDE_SUMS ? 2 * TW_STEP_K : TW_STEP_K;
-    const tw_tile_q tile = tw_tile_of_q(x->rows, row);
+    const int64_t steps = tw_ceildiv(k, TW_STEP_K), bytes = kind == TW_SIGNED_SUMS ? 2 * TW_STEP_K : TW_STEP_K;
+    const tw_tile_q tile = tw_tile_of_q(x->rows, kind == TW_SIGNED_SUMS ? TW_ROWS_int8 : TW_ROWS_int4, row);
     int8_t *const codes = x->codes + tile.first * steps * bytes + (row - tile.first) * 4;
     float *const scales = x->scales + tile.first * steps + (row - tile.first);
     int32_t *const sums = x->sums + tile.first * steps + (row - tile.first);
+    __m256i squares = _mm256_setzero_si256();
     for (int64_t first = 0; first < steps; first += per) {
         const int64_t last = tw_smaller(first + per, steps);
         int32_t top = 0; /* the bits of a magnitude order as integers do, with NaN above all */
@@ -186,12 +208,13 @@ static inline void tw_quantize_row(
             const __m256i d = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + 24), inverse));
             const __m256i mixed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
             const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-            tw_place_codes(
-                _mm256_permutevar8x32_epi32(mixed, order), kind, tile.rows, codes + s * bytes * tile.rows,
-                sums + s * tile.rows);
+            const __m256i placed = _mm256_permutevar8x32_epi32(mixed, order);
+            tw_place_codes(placed, kind, tile.rows, codes + s * bytes * tile.rows, sums + s * tile.rows);
             scales[s * tile.rows] = scale;
+            if (kind == TW_SIGNED_SUMS) squares = _mm256_max_epu16(squares, tw_code_squares(placed));
         }
     }
+    if (kind == TW_SIGNED_SUMS) x->squares[row] = tw_greatest_q(squares);
 }
 
 /* to[32 * (end - from)][32] = the numbers that steps [from, end) of a panel stand for, rows along k. */

@@ -5,13 +5,12 @@
  * it nor on where a chunk of steps ends.
  *
  * Codes of 4 bits are multiplied unsigned (vpmaddubsw): 8 products of two fit 16 bits, 8 * 2 * 15 * 127 < 2^15. Of 8 bits,
- * AVX2 multiplies terms of 16 bits (vpmaddwd), which no sum of two overflows: there the instructions that change signs and
- * multiply share two units, and 32 products take two of those instead of three. AVX-512 changes the signs of
- * activations, |w| * (sign(w) * x), and one product of two fits, 2 * 127 * 127 < 2^15. VNNI sums four products in 32 bits
- * at once; there codes of 8 bits are offset by 128 and the zero point with them.
+ * AVX-512 changes the signs of activations, |w| * (sign(w) * x), and one product of two fits, 2 * 127 * 127 < 2^15. VNNI
+ * sums four products in 32 bits at once; there codes of 8 bits are offset by 128 and the zero point with them. What AVX2
+ * does is in tw_quantized_signed.h.
  *
- * A few rows meet the panel as it lies, at the memory's speed. With more, AVX2 spreads a chunk of it out first, once for
- * all rows (tw_quantized_tiles.h).
+ * A few rows meet the panel as it lies, at the memory's speed. With more, AVX2 spreads a chunk of weights of 4 bits out
+ * first, once for all rows (tw_quantized_tiles.h).
  */
 #ifndef TW_QUANTIZED_PRODUCTS_H
 #define TW_QUANTIZED_PRODUCTS_H
@@ -57,8 +56,6 @@ typedef __m256i tw_q;
 #define TW_ADD32_Q(a, b) _mm256_add_epi32(a, b)
 #define TW_PAIRS_Q(a, b) _mm256_maddubs_epi16(a, b)
 #define TW_WIDEN_Q(a) _mm256_madd_epi16(a, _mm256_set1_epi16(1))
-#define TW_EVEN_Q(a) _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8)
-#define TW_ODD_Q(a) _mm256_srai_epi16(a, 8)
 #define TW_FLOAT_Q(a) ((tw_vec)_mm256_cvtepi32_ps(a))
 #define TW_KEEP_Q(a, b) __asm__("" : "+x"(a), "+x"(b))
 #define TW_FEW_ROWS_Q 4 /* rows that meet a panel as it lies */
@@ -119,13 +116,11 @@ static inline tw_ahead tw_ahead_of(int64_t t, int64_t tiles, int64_t step_bytes)
 #else
 #define TW_DOT_int4(sum, x, i) TW_ADD16_Q(sum, TW_PAIRS_Q(u##i, x))
 #define TW_SUM_int4(sum) TW_WIDEN_Q(sum)
-#define TW_DOT_int8(sum, x, i) TW_ADD32_Q(sum, _mm256_madd_epi16(u##i, x))
 #endif
 #define TW_SUM_int8(sum) sum
 #define TW_FIRST_int4(r) TW_TERMS_Q(r, 0, TW_DOT_int4, 0, 1)
 #define TW_SECOND_int4(r) TW_TERMS_Q(r, 1, TW_DOT_int4, 0, 1)
 #define TW_FIRST_int8(r) TW_TERMS_Q(r, 0, TW_DOT_int8, 0, 1)
-#define TW_SECOND_int8(r) TW_TERMS_Q(r, 1, TW_DOT_int8, 0, 1)
 
 /* What a half at `at` (AVX-512: both) adds to the sums of ROWS rows, from `codes` on. */
 #define TW_TERMS_int4(ROWS) \
@@ -146,19 +141,6 @@ static inline tw_ahead tw_ahead_of(int64_t t, int64_t tiles, int64_t step_bytes)
         const tw_q w0 = TW_LOAD_Q(at), w1 = TW_LOAD_Q(at + TW_APART_Q(TW_HALF_int8)); \
         const tw_q u0 = TW_UNSIGNED_int8(w0), u1 = TW_UNSIGNED_int8(w1); \
         TW_REPEAT_##ROWS(TW_FIRST_int8) \
-    }
-#else
-#define TW_TERMS_int8(ROWS) \
-    for (int64_t p = 0; p < 8; p++, at += 64, codes += 8 * ROWS) { \
-        const tw_q w0 = TW_LOAD_Q(at), w1 = TW_LOAD_Q(at + TW_APART_Q(TW_HALF_int8)); \
-        { \
-            const tw_q u0 = TW_EVEN_Q(w0), u1 = TW_EVEN_Q(w1); \
-            TW_REPEAT_##ROWS(TW_FIRST_int8) \
-        } \
-        { \
-            const tw_q u0 = TW_ODD_Q(w0), u1 = TW_ODD_Q(w1); \
-            TW_REPEAT_##ROWS(TW_SECOND_int8) \
-        } \
     }
 #endif
 
@@ -204,15 +186,11 @@ static inline tw_ahead tw_ahead_of(int64_t t, int64_t tiles, int64_t step_bytes)
         TW_END_OF_STEPS \
     }
 TW_FOR_EACH_ROWS_Q(TW_DEFINE_Q, int4)
+#if TW_LANES == 16
 TW_FOR_EACH_ROWS_Q(TW_DEFINE_Q, int8)
 
-/* The same for one scale per column and row, of 8 bits: totals[r][32] stay integers, with the offset of codes in them. */
-#if TW_LANES == 16
+/* The same for one scale per column and row: totals[r][32] stay integers, with the offset of codes in them. */
 #define TW_ADD_INTS(to, sum) _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), sum))
-#else
-#define TW_ADD_INTS(to, sum) \
-    _mm256_storeu_si256((__m256i *)(to), _mm256_add_epi32(_mm256_loadu_si256((const __m256i *)(to)), sum))
-#endif
 #define TW_ADD_WHOLE(r) \
     TW_ADD_INTS(totals + r * TW_PANEL + n, x##r); \
     TW_ADD_INTS(totals + r * TW_PANEL + n + TW_LANES, y##r);
@@ -235,6 +213,7 @@ TW_FOR_EACH_ROWS_Q(TW_DEFINE_Q, int8)
         } \
     }
 TW_FOR_EACH_ROWS_Q(TW_DEFINE_WHOLE, int8)
+#endif
 
 #if TW_LANES == 8
 #include "tw_quantized_tiles.h"
@@ -254,11 +233,11 @@ TW_FOR_EACH_ROWS_Q(TW_DEFINE_WHOLE, int8)
     static inline void tw_product_##KIND( \
         const tw_quantized *x, const uint8_t *panel, int64_t per, int zeros, float *sums) { \
         TW_IF_MANY_ROWS(tw_spread_product_##KIND, x, panel, per, zeros, sums) \
-        const int64_t tiles = tw_tiles_q(x->rows), chunk = tiles > 1 ? TW_CHUNK_Q : x->steps; \
+        const int64_t tiles = tw_ceildiv(x->rows, TW_ROWS_##KIND), chunk = tiles > 1 ? TW_CHUNK_Q : x->steps; \
         for (int64_t from = 0, end; from < x->steps; from = end) { \
             end = tw_smaller(from + chunk, x->steps); \
             for (int64_t t = 0; t < tiles; t++) { \
-                const tw_tile_q tile = tw_tile_at_q(x->rows, t); \
+                const tw_tile_q tile = tw_tile_at_q(x->rows, TW_ROWS_##KIND, t); \
                 const int64_t at = tile.first * x->steps + from * tile.rows; \
                 TW_SWITCH_ROWS_Q( \
                     tw_quantized_##KIND##_, tile.rows, x->codes + at * TW_STEP_K * TW_CODE_BYTES_##KIND, x->scales + at, \
@@ -268,16 +247,16 @@ TW_FOR_EACH_ROWS_Q(TW_DEFINE_WHOLE, int8)
         } \
     }
 TW_DEFINE_PRODUCT_Q(int4)
+#if TW_LANES == 16
 TW_DEFINE_PRODUCT_Q(int8)
 
 /* totals[rows][32] += the products with a panel that is one group, as integers. */
 static inline void tw_product_whole_int8(const tw_quantized *x, const uint8_t *panel, int32_t *totals) {
-    TW_IF_MANY_ROWS(tw_spread_product_whole_int8, x, panel, totals)
-    const int64_t tiles = tw_tiles_q(x->rows), chunk = tiles > 1 ? TW_CHUNK_Q : x->steps;
+    const int64_t tiles = tw_ceildiv(x->rows, TW_ROWS_int8), chunk = tiles > 1 ? TW_CHUNK_Q : x->steps;
     for (int64_t from = 0, end; from < x->steps; from = end) {
         end = tw_smaller(from + chunk, x->steps);
         for (int64_t t = 0; t < tiles; t++) {
-            const tw_tile_q tile = tw_tile_at_q(x->rows, t);
+            const tw_tile_q tile = tw_tile_at_q(x->rows, TW_ROWS_int8, t);
             const int64_t at = tile.first * x->steps + from * tile.rows;
             TW_SWITCH_ROWS_Q(
                 tw_whole_int8_, tile.rows, x->codes + at * TW_STEP_K * TW_CODE_BYTES_int8,
@@ -287,19 +266,29 @@ static inline void tw_product_whole_int8(const tw_quantized *x, const uint8_t *p
     }
 }
 
+/* What the totals of a row lack: they have the offset of codes in them. */
+static inline int32_t tw_lacking_int8(const tw_quantized *x, int64_t row) {
+    const tw_tile_q tile = tw_tile_of_q(x->rows, TW_ROWS_int8, row);
+    int32_t lacking = 0;
+    for (int64_t s = 0; TW_OFFSET_int8 && s < x->steps; s++) {
+        lacking -= TW_OFFSET_int8 * x->sums[tile.first * x->steps + s * tile.rows + row - tile.first];
+    }
+    return lacking;
+}
+#else
+#include "tw_quantized_signed.h"
+#endif
+
 /* In place: totals of a row become floats, times both scales. */
 static inline void tw_scale_whole_int8(const tw_quantized *x, int64_t row, const uint8_t *panel, int32_t *totals) {
     const float *const scales = (const float *)panel;
-    const tw_tile_q tile = tw_tile_of_q(x->rows, row);
+    const tw_tile_q tile = tw_tile_of_q(x->rows, TW_ROWS_int8, row);
     const int64_t at = tile.first * x->steps + row - tile.first;
     const float scale = x->scales[at];
-    int32_t offset = 0;
-    for (int64_t s = 0; TW_OFFSET_int8 && s < x->steps; s++) {
-        offset += TW_OFFSET_int8 * x->sums[at + s * tile.rows];
-    }
+    const int32_t lacking = tw_lacking_int8(x, row);
 #pragma omp simd
     for (int64_t n = 0; n < TW_PANEL; n++) {
-        const float total = (float)(totals[n] - offset) * (scales[n] * scale);
+        const float total = (float)(totals[n] + lacking) * (scales[n] * scale);
         memcpy(totals + n, &total, sizeof total);
     }
 }

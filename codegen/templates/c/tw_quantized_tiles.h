@@ -1,9 +1,10 @@
-/* Products of many quantized rows on AVX2: a chunk of a panel is spread out once, and all tiles of rows go over it.
+/* Products of many quantized rows and weights of 4 bits on AVX2: a chunk of a panel is spread out once, and all tiles of
+ * rows go over it.
  *
- * Spread out, weights of 4 bits are bytes and those of 8 bits are numbers of 16 bits, in the order in which tiles take
- * them, so that a tile does nothing but load, multiply and add. A chunk lies in the first-level cache: two halves of 16
- * columns, each [steps][words][16][4 bytes], with scales and zero points as floats. Six rows by 16 columns are summed in
- * registers. Meanwhile the next chunk of the panel is fetched from memory, shared out between the tiles.
+ * Spread out, weights are bytes in the order in which tiles take them, so that a tile does nothing but load, multiply and
+ * add. A chunk lies in the first-level cache: two halves of 16 columns, each [steps][words][16][4 bytes], with scales and
+ * zero points as floats. Six rows by 16 columns are summed in registers. Meanwhile the next chunk of the panel is fetched
+ * from memory, shared out between the tiles.
  *
  * Sums of steps are exact and are added up as in tw_quantized_products.h, so a row gives the same bits either way.
  */
@@ -14,7 +15,6 @@
 
 #define TW_SPREAD_HALF 8192 /* bytes of half a chunk */
 #define TW_SPREAD_int4 512  /* bytes of half a step */
-#define TW_SPREAD_int8 1024
 #define TW_SPREAD_STEPS(KIND) (TW_SPREAD_HALF / TW_SPREAD_##KIND)
 
 typedef struct {
@@ -30,15 +30,6 @@ static inline void tw_spread_half_int4(const uint8_t *from, uint8_t *to) {
         _mm256_store_si256((__m256i *)(to + 32), TW_AND_Q(w1, TW_BYTES_Q(15)));
         _mm256_store_si256((__m256i *)(to + 64), TW_HIGH_Q(w0));
         _mm256_store_si256((__m256i *)(to + 96), TW_HIGH_Q(w1));
-    }
-}
-static inline void tw_spread_half_int8(const uint8_t *from, uint8_t *to) {
-    for (int64_t p = 0; p < 8; p++, from += 64, to += 128) {
-        const tw_q w0 = TW_LOAD_Q(from), w1 = TW_LOAD_Q(from + 32);
-        _mm256_store_si256((__m256i *)to, TW_EVEN_Q(w0));
-        _mm256_store_si256((__m256i *)(to + 32), TW_EVEN_Q(w1));
-        _mm256_store_si256((__m256i *)(to + 64), TW_ODD_Q(w0));
-        _mm256_store_si256((__m256i *)(to + 96), TW_ODD_Q(w1));
     }
 }
 
@@ -57,7 +48,6 @@ static inline void tw_spread_half_int8(const uint8_t *from, uint8_t *to) {
         TW_END_OF_STEPS \
     }
 TW_DEFINE_SPREAD(int4)
-TW_DEFINE_SPREAD(int8)
 
 /* Memory that is fetched a few lines at a time. */
 typedef struct {
@@ -77,7 +67,6 @@ static inline void tw_fetch_some(tw_fetch *fetch) {
 }
 
 #define TW_ROW_AT_int4(r) TW_TERMS_Q(r, word, TW_DOT_int4, 0, 1)
-#define TW_ROW_AT_int8(r) TW_TERMS_Q(r, word, TW_DOT_int8, 0, 1)
 
 /* The sums of a step's half. */
 #define TW_SPREAD_TERMS(KIND, ROWS) \
@@ -113,30 +102,6 @@ static inline void tw_fetch_some(tw_fetch *fetch) {
     }
 #define TW_FOR_EACH_TILE(X, KIND) X(KIND, 1) X(KIND, 2) X(KIND, 3) X(KIND, 4) X(KIND, 5) X(KIND, 6)
 TW_FOR_EACH_TILE(TW_DEFINE_TILE, int4)
-TW_FOR_EACH_TILE(TW_DEFINE_TILE, int8)
-
-/* The same for one scale per column and row, of 8 bits: sums stay in registers, and totals[r][32] are integers. */
-#define TW_RESUME_WHOLE(r) \
-    tw_q x##r = TW_LOAD_Q(totals + r * TW_PANEL + n), y##r = TW_LOAD_Q(totals + r * TW_PANEL + n + TW_LANES);
-#define TW_KEEP_WHOLE(r) \
-    _mm256_storeu_si256((__m256i *)(totals + r * TW_PANEL + n), x##r); \
-    _mm256_storeu_si256((__m256i *)(totals + r * TW_PANEL + n + TW_LANES), y##r);
-#define TW_DEFINE_WHOLE_TILE(KIND, ROWS) \
-    static __attribute__((unused, noinline)) void tw_whole_tile_##KIND##_##ROWS( \
-        const int8_t *tile, const tw_spread *chunk, int64_t steps, tw_fetch fetch, int32_t *totals) { \
-        enum { tw_r = ROWS }; \
-        for (int64_t n = 0; n < TW_PANEL; n += 16) { \
-            const uint8_t *at = chunk->codes + n / 16 * TW_SPREAD_HALF; \
-            const int8_t *codes = tile; \
-            TW_REPEAT_##ROWS(TW_RESUME_WHOLE) \
-            for (int64_t s = 0; s < steps; s++, at += TW_SPREAD_##KIND, codes += TW_STEP_K * TW_CODE_BYTES_##KIND * ROWS) { \
-                tw_fetch_some(&fetch); \
-                TW_SPREAD_TERMS(KIND, ROWS) \
-            } \
-            TW_REPEAT_##ROWS(TW_KEEP_WHOLE) \
-        } \
-    }
-TW_FOR_EACH_TILE(TW_DEFINE_WHOLE_TILE, int8)
 
 #define TW_SWITCH_TILE(function, rows, ...) \
     switch (rows) { \
@@ -149,14 +114,14 @@ TW_FOR_EACH_TILE(TW_DEFINE_WHOLE_TILE, int8)
     static inline void tw_spread_product_##KIND( \
         const tw_quantized *x, const uint8_t *panel, int64_t per, int zeros, float *sums) { \
         tw_spread chunk; \
-        const int64_t tiles = tw_tiles_q(x->rows); \
+        const int64_t tiles = tw_ceildiv(x->rows, TW_ROWS_##KIND); \
         for (int64_t from = 0, end; from < x->steps; from = end) { \
             end = tw_smaller(from + TW_SPREAD_STEPS(KIND), x->steps); \
             tw_spread_##KIND(panel, from, end, per, zeros, &chunk); \
             const uint8_t *const next = panel + TW_GROUPS_BYTES(KIND, zeros, end / per, per) + end % per * TW_STEP_BYTES(KIND); \
             const int64_t bytes = TW_SPREAD_STEPS(KIND) * (TW_STEP_BYTES(KIND) + TW_HEADER_BYTES(KIND, zeros) / per); \
             for (int64_t t = 0; t < tiles; t++) { \
-                const tw_tile_q tile = tw_tile_at_q(x->rows, t); \
+                const tw_tile_q tile = tw_tile_at_q(x->rows, TW_ROWS_##KIND, t); \
                 const int64_t at = tile.first * x->steps + from * tile.rows; \
                 TW_SWITCH_TILE( \
                     tw_tile_##KIND##_, tile.rows, x->codes + at * TW_STEP_K * TW_CODE_BYTES_##KIND, x->scales + at, \
@@ -166,29 +131,5 @@ TW_FOR_EACH_TILE(TW_DEFINE_WHOLE_TILE, int8)
         } \
     }
 TW_DEFINE_SPREAD_PRODUCT(int4)
-TW_DEFINE_SPREAD_PRODUCT(int8)
-
-/* totals[rows][32] += the products with a panel that is one group. */
-static inline void tw_spread_product_whole_int8(const tw_quantized *x, const uint8_t *panel, int32_t *totals) {
-    tw_spread chunk;
-    const int64_t tiles = tw_tiles_q(x->rows);
-    panel += TW_HEADER_BYTES(int8, 0);
-    for (int64_t from = 0, end; from < x->steps; from = end, panel += TW_SPREAD_STEPS(int8) * TW_STEP_BYTES(int8)) {
-        end = tw_smaller(from + TW_SPREAD_STEPS(int8), x->steps);
-        for (int64_t s = 0; s < end - from; s++) {
-            tw_spread_half_int8(panel + s * TW_STEP_BYTES(int8), chunk.codes + s * TW_SPREAD_int8);
-            tw_spread_half_int8(
-                panel + s * TW_STEP_BYTES(int8) + TW_HALF_int8, chunk.codes + TW_SPREAD_HALF + s * TW_SPREAD_int8);
-        }
-        const int64_t bytes = TW_SPREAD_STEPS(int8) * TW_STEP_BYTES(int8);
-        for (int64_t t = 0; t < tiles; t++) {
-            const tw_tile_q tile = tw_tile_at_q(x->rows, t);
-            const int64_t at = tile.first * x->steps + from * tile.rows;
-            TW_SWITCH_TILE(
-                tw_whole_tile_int8_, tile.rows, x->codes + at * TW_STEP_K * TW_CODE_BYTES_int8, &chunk, end - from,
-                tw_fetch_of(panel + bytes, bytes, end - from, t, tiles), totals + tile.first * TW_PANEL)
-        }
-    }
-}
 
 #endif

@@ -1,0 +1,186 @@
+/* Products of quantized rows and a panel of weights of 8 bits on AVX2.
+ *
+ * vpmaddubsw multiplies unsigned bytes by signed ones, so magnitudes of a row's codes meet weights whose signs were
+ * changed: sum of |x| * (w ^ sign(x)), the sign -1 or 0. For a negative x, w ^ -1 is -w - 1, so the sum lacks |x|: once per
+ * row, what tw_place_codes keeps in the high half of a step's sum is added. Two products fit 16 bits, 2 * 127 * 128 < 2^15.
+ * (vpsignb needs no correction, but shares its units with the instructions that multiply. vpmaddwd takes as many of those,
+ * and weights that were made wider first.)
+ *
+ * Four products rarely come to more than 16 bits, and where they cannot, one instruction less adds them up: their sum is at
+ * most the length of the four codes times that of the four weights (Cauchy-Schwarz). tw_quantize_row notes the greatest
+ * length in a row, tw_signed_squares finds that of a chunk of weights. Either way sums are exact.
+ *
+ * A row meets all 32 columns at once, and weights are operands in memory as the panel holds them. So rows need no tiles,
+ * and one row takes the same way as many; those go over a chunk of the panel that stays in the first-level cache, and share
+ * the fetching of the next one.
+ */
+#ifndef TW_QUANTIZED_SIGNED_H
+#define TW_QUANTIZED_SIGNED_H
+
+#include "tw_quantized_products.h"
+
+#define TW_SIGNED_CHUNK 16 /* steps */
+#define TW_SIGNED_MANY 8   /* rows for which it is worth to look at a chunk first */
+
+/* Products of two terms each of a word with 8 columns at `at`. */
+static inline __m256i tw_signed_word(__m256i sizes, __m256i signs, const uint8_t *at) {
+    return _mm256_maddubs_epi16(sizes, _mm256_xor_si256(signs, _mm256_loadu_si256((const __m256i *)at)));
+}
+static inline __m256i tw_signed_sum(__m256i sum, __m256i products) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+}
+
+/* A step's products with 32 columns; sums a and b are of the first half, c and d of the second. The barriers keep compilers
+ * from adding products of several words to each other first, which takes more registers than there are. */
+#define TW_SIGNED_STEP(codes, step) \
+    for (int64_t word = 0; word < 8; word++) { \
+        const __m256i sizes = TW_WORD_Q((codes) + word * 8), signs = TW_WORD_Q((codes) + word * 8 + 4); \
+        const uint8_t *const first = (step) + word * 64, *const second = first + TW_HALF_int8; \
+        a = tw_signed_sum(a, tw_signed_word(sizes, signs, first)); \
+        b = tw_signed_sum(b, tw_signed_word(sizes, signs, first + 32)); \
+        TW_KEEP_Q(a, b); \
+        c = tw_signed_sum(c, tw_signed_word(sizes, signs, second)); \
+        d = tw_signed_sum(d, tw_signed_word(sizes, signs, second + 32)); \
+        TW_KEEP_Q(c, d); \
+    }
+
+/* The same where four products fit 16 bits. */
+#define TW_SIGNED_PAIR(sum, at) \
+    sum = tw_signed_sum(sum, _mm256_add_epi16(tw_signed_word(sizes0, signs0, at), tw_signed_word(sizes1, signs1, (at) + 64)))
+#define TW_SIGNED_STEP_OF_PAIRS(codes, step) \
+    for (int64_t word = 0; word < 8; word += 2) { \
+        const __m256i sizes0 = TW_WORD_Q((codes) + word * 8), signs0 = TW_WORD_Q((codes) + word * 8 + 4); \
+        const __m256i sizes1 = TW_WORD_Q((codes) + word * 8 + 8), signs1 = TW_WORD_Q((codes) + word * 8 + 12); \
+        const uint8_t *const first = (step) + word * 64, *const second = first + TW_HALF_int8; \
+        TW_SIGNED_PAIR(a, first); \
+        TW_SIGNED_PAIR(b, first + 32); \
+        TW_KEEP_Q(a, b); \
+        TW_SIGNED_PAIR(c, second); \
+        TW_SIGNED_PAIR(d, second + 32); \
+        TW_KEEP_Q(c, d); \
+    }
+
+/* totals[32] += the products with some steps, as integers, without the correction. */
+#define TW_DEFINE_SIGNED(NAME, STEP) \
+    static __attribute__((noinline)) void NAME( \
+        const int8_t *codes, const uint8_t *step, int64_t steps, tw_ahead ahead, int32_t *totals) { \
+        __m256i *const to = (__m256i *)totals; \
+        __m256i a = _mm256_loadu_si256(to), b = _mm256_loadu_si256(to + 1); \
+        __m256i c = _mm256_loadu_si256(to + 2), d = _mm256_loadu_si256(to + 3); \
+        for (int64_t s = 0; s < steps; s++, step += TW_STEP_BYTES(int8), codes += TW_STEP_K * TW_CODE_BYTES_int8) { \
+            tw_prefetch_q(step, ahead); \
+            STEP(codes, step) \
+        } \
+        _mm256_storeu_si256(to, a), _mm256_storeu_si256(to + 1, b); \
+        _mm256_storeu_si256(to + 2, c), _mm256_storeu_si256(to + 3, d); \
+    }
+TW_DEFINE_SIGNED(tw_signed_whole, TW_SIGNED_STEP)
+TW_DEFINE_SIGNED(tw_signed_whole_of_pairs, TW_SIGNED_STEP_OF_PAIRS)
+
+/* The greatest square of a length of four weights that are added up in 16 bits, in some steps. */
+static __attribute__((noinline)) int32_t tw_signed_squares(const uint8_t *step, int64_t steps) {
+    __m256i most = _mm256_setzero_si256();
+    for (const uint8_t *const end = step + steps * TW_STEP_BYTES(int8); step < end; step += 128) {
+        for (int64_t n = 0; n < 64; n += 32) {
+            const __m256i first = _mm256_abs_epi8(TW_LOAD_Q(step + n)), second = _mm256_abs_epi8(TW_LOAD_Q(step + n + 64));
+            most = _mm256_max_epu16(
+                most, _mm256_add_epi16(_mm256_maddubs_epi16(first, first), _mm256_maddubs_epi16(second, second)));
+        }
+    }
+    return tw_greatest_q(most);
+}
+
+/* Rows of at most what square of a length fit weights of at most `squares`: a changed sign makes each of four weights larger
+ * by 1 at most, and their length by 2. A little less than 2^15, for the rounding. */
+static inline int32_t tw_signed_fits(int32_t squares) {
+    const float fits = 32700.0f / (_mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss((float)squares))) + 2.0f);
+    return (int32_t)(fits * fits);
+}
+
+/* sums[n..n+8) += (total - zero point * sum of the row's codes) * (weight's scale * row's scale). */
+static inline void tw_signed_add(
+    __m256i total, const uint8_t *header, int zeros, float scale, float less, int64_t n, float *sums) {
+    tw_vec value = TW_FLOAT_Q(total);
+    if (zeros) {
+        const __m128i points = _mm_loadl_epi64((const __m128i *)(header + TW_SCALES_int8 + n));
+        value -= TW_FLOAT_Q(_mm256_cvtepi8_epi32(points)) * less;
+    }
+    tw_store(sums + n, tw_load(sums + n) + value * (tw_load((const float *)header + n) * scale));
+}
+
+/* Steps [from, end) of a panel, in groups of `per`, with a row that is given from step `from` on; sums[32] is added to. */
+static __attribute__((noinline)) void tw_signed_groups(
+    const int8_t *codes, const float *row_scales, const int32_t *row_sums, const uint8_t *panel, int64_t from, int64_t end,
+    int64_t per, int zeros, tw_ahead ahead, float *sums) {
+    for (int64_t s = from; s < end;) {
+        const int64_t group = s / per;
+        const uint8_t *const header = panel + TW_GROUPS_BYTES(int8, zeros, group, per);
+        const uint8_t *step = header + TW_HEADER_BYTES(int8, zeros) + (s - group * per) * TW_STEP_BYTES(int8);
+        for (const int64_t last = tw_smaller((group + 1) * per, end); s < last; s++, step += TW_STEP_BYTES(int8)) {
+            __m256i a = _mm256_set1_epi32(*row_sums >> 16), b = a, c = a, d = a;
+            const float scale = *row_scales, less = (float)(int16_t)*row_sums;
+            tw_prefetch_q(step, ahead);
+            TW_SIGNED_STEP(codes, step)
+            tw_signed_add(a, header, zeros, scale, less, 0, sums);
+            tw_signed_add(b, header, zeros, scale, less, 8, sums);
+            tw_signed_add(c, header, zeros, scale, less, 16, sums);
+            tw_signed_add(d, header, zeros, scale, less, 24, sums);
+            codes += TW_STEP_K * TW_CODE_BYTES_int8, row_scales++, row_sums++;
+        }
+    }
+}
+
+/* What row `row` of `rows` fetches: one row everything, some way ahead; of many, each its share of the next chunk. */
+static inline tw_ahead tw_signed_ahead(int64_t row, int64_t rows) {
+    const int64_t lines = TW_STEP_BYTES(int8) / 64;
+    return (tw_ahead){
+        rows > 1 ? TW_SIGNED_CHUNK * TW_STEP_BYTES(int8) : TW_AHEAD_Q, row == 0 ? -1 : lines * row / rows,
+        lines * (row + 1) / rows};
+}
+
+/* sums[rows][32] += the products with a panel. */
+static inline void tw_product_int8(const tw_quantized *x, const uint8_t *panel, int64_t per, int zeros, float *sums) {
+    const int64_t chunk = x->rows > 1 ? TW_SIGNED_CHUNK : x->steps;
+    for (int64_t from = 0, end; from < x->steps; from = end) {
+        end = tw_smaller(from + chunk, x->steps);
+        for (int64_t row = 0; row < x->rows; row++) {
+            const int64_t at = row * x->steps + from;
+            tw_signed_groups(
+                x->codes + at * TW_STEP_K * TW_CODE_BYTES_int8, x->scales + at, x->sums + at, panel, from, end, per, zeros,
+                tw_signed_ahead(row, x->rows), sums + row * TW_PANEL);
+        }
+    }
+}
+
+/* totals[rows][32] += the products with a panel that is one group, as integers. */
+static inline void tw_product_whole_int8(const tw_quantized *x, const uint8_t *panel, int32_t *totals) {
+    const int64_t chunk = x->rows > 1 ? TW_SIGNED_CHUNK : x->steps;
+    panel += TW_HEADER_BYTES(int8, 0);
+    for (int64_t from = 0, end; from < x->steps; from = end) {
+        end = tw_smaller(from + chunk, x->steps);
+        const uint8_t *const step = panel + from * TW_STEP_BYTES(int8);
+        const int32_t fits = x->rows < TW_SIGNED_MANY ? -1 : tw_signed_fits(tw_signed_squares(step, end - from));
+        for (int64_t row = 0; row < x->rows; row++) {
+            const int8_t *const codes = x->codes + (row * x->steps + from) * TW_STEP_K * TW_CODE_BYTES_int8;
+            const tw_ahead ahead = tw_signed_ahead(row, x->rows);
+            if (x->squares[row] <= fits) {
+                tw_signed_whole_of_pairs(codes, step, end - from, ahead, totals + row * TW_PANEL);
+            } else {
+                tw_signed_whole(codes, step, end - from, ahead, totals + row * TW_PANEL);
+            }
+        }
+    }
+}
+
+/* What the totals of a row lack. */
+static inline int32_t tw_lacking_int8(const tw_quantized *x, int64_t row) {
+    const int32_t *const sums = x->sums + row * x->steps;
+    int32_t lacking = 0;
+#pragma omp simd reduction(+ : lacking)
+    for (int64_t s = 0; s < x->steps; s++) {
+        lacking += sums[s] >> 16;
+    }
+    return lacking;
+}
+
+#endif

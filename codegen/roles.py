@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..passes.graph import ops as tilewright_ops  # noqa: F401 - registers our operators
 from ..passes.graph.roles import Anchor, Roles
 from . import quantized
@@ -37,5 +39,8 @@ def fusion_roles(device: str = "cpu") -> Roles:
     pointwise, view, gather, reduction, window = (
         frozenset(groups.get(role, ())) for role in ("pointwise", "view", "gather", "reduction", "window")
     )
-    image_layout = "channels16" if device == "cpu" else "channels_last"
-    return Roles(pointwise, view, gather, reduction, window, dict(_ANCHORS), image_layout, LANES)
+    anchors, image_layout = dict(_ANCHORS), "channels_last"
+    if device == "cpu":  # a unit is one panel of the weight: whoever takes some of them quantizes the rows first
+        anchors |= {target: replace(anchors[target], again=True) for target in quantized.TARGETS}
+        image_layout = "channels16"
+    return Roles(pointwise, view, gather, reduction, window, anchors, image_layout, LANES)

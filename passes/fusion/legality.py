@@ -81,9 +81,11 @@ def admit(vertex: Vertex, node: fx.Node, roles: Roles) -> Admission | str:
         return f"the kernel of {vertex.root} is long enough"
     before = next((use.user for use in uses if part(use.user, roles) == "anchor"), None)
     if before is not None and not (what in ("pointwise", "assembled") and _is_mask(before, uses[0].operand)):
-        if all(_converts_gathered(use, node, roles) or _inlines(use, node, what, roles) for use in uses):
-            return Admission(inf, "other", False)
-        return f"{before} takes in nothing but views of its operands"
+        if not all(_converts_gathered(use, node, roles) or _inlines(use, node, what, roles) for use in uses):
+            return f"{before} takes in nothing but views of its operands"
+        if roles.anchors[before.target].again and _whole_cost(node, roles) > MANY:
+            return f"every thread would compute it anew for its part of {before}"
+        return Admission(inf, "other", False)
     if vertex.family != "loop" and what not in ("pointwise", "assembled"):
         return f"the kernel of {vertex.root} only takes in pointwise operators"
     price = cost(node, what)
@@ -205,6 +207,20 @@ def _inlines(use: Use, node: fx.Node, what: str, roles: Roles) -> bool:
         return False
     repeats = any(operator_name(view).startswith(("expand", "broadcast_to")) for view in use.path)
     return not repeats and set(_positions(use.user, use.operand)) <= set(anchor.inlines)
+
+
+def _whole_cost(node: fx.Node, roles: Roles) -> int:
+    """What an element costs with the pointwise operators that are computed for nothing else; counted up to MANY."""
+    pending, seen, price = [node], set(), 0
+    while pending and price <= MANY:
+        current = pending.pop()
+        what = part(current, roles)
+        if current in seen or what not in ("pointwise", "view") or (current is not node and len(current.users) > 1):
+            continue
+        seen.add(current)
+        price += cost(current, what)
+        pending.extend(current.all_input_nodes)
+    return price
 
 
 def _is_mask(user: fx.Node, operand: fx.Node) -> bool:

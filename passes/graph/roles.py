@@ -17,7 +17,8 @@ class Anchor:
         tail: whether a permutation or transpose of the result, then a reshape, may end the region (the kernel stores in
             that order).
         inlines: positions among ``data`` of operands whose elements the kernel may compute while it reads them: it
-            reads each once. Conversions, cheap pointwise operators and rotary embeddings then belong to the region.
+            reads each once. Pointwise operators and rotary embeddings then belong to the region.
+        again: whether every thread's part of a call reads them anew. Only what is cheap as a whole is computed then.
         updates: the operand whose memory the result takes, for operators that change a state in place.
     """
 
@@ -26,6 +27,7 @@ class Anchor:
     epilogue: bool = True
     tail: bool = False
     inlines: tuple[int, ...] = ()
+    again: bool = False
     updates: int | None = None
 
 

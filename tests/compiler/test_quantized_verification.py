@@ -181,7 +181,7 @@ def test_the_command_takes_its_options_from_the_artifact(built, source, tmp_path
     bad = damaged(built, tmp_path, f"{FAULTY}.weight", a_wrong_zero_point)
     result = call(bad)
     assert result.exit_code == 4 and "DIFFERS" in result.stdout
-    assert "1 of 13 kernel results" in result.stderr and "the first is step 8 (quantized_" in result.stderr
+    assert "1 of 17 kernel results" in result.stderr and "the first is step 11 (quantized_" in result.stderr
 
 
 # -- roundings that fall the other way ---------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tilewright.codegen.artifact import TargetBinaries, weights_id, write_artifa
 from tilewright.codegen.c import toolchain
 from tilewright.runtime.plan import Plan, Port, Ref, Step, Symbol, Variant
 
-SOURCES = Path(toolchain.__file__).parent / "templates" / "c"
+SOURCES = Path(toolchain.__file__).parents[1] / "templates" / "c"
 STEPS = 100
 
 CODE = """

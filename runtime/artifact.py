@@ -14,8 +14,6 @@ import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from . import manifest as manifests
 from . import weights as weight_files
 from .digests import hexadecimal, sha256
@@ -109,8 +107,8 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     return Artifact(folder, manifest, devices, weights)
 
 
-def map_weights(artifact: Artifact) -> np.ndarray:
-    """The data section of the weight file, mapped read-only: uint8 [bytes].
+def map_weights(artifact: Artifact) -> memoryview:
+    """The data section of the weight file, mapped read-only, as bytes.
 
     Raises:
         ArtifactError: it cannot be mapped.
@@ -121,7 +119,7 @@ def map_weights(artifact: Artifact) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{artifact.weights_path}: cannot be mapped: {error}") from None
     mapping.madvise(mmap.MADV_WILLNEED)
-    return np.frombuffer(mapping, np.uint8)[len(artifact.weights.header) :]
+    return memoryview(mapping)[len(artifact.weights.header) :]
 
 
 def verify_integrity(path: str | os.PathLike[str]) -> Artifact:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from . import sizes
-from .arrays import describe
 from .errors import ShapeError
 from .plan import Plan, Symbol
 from .plan_check import nbytes
+from .ports import describe
 from .records import frozen
 
 Shapes = tuple[tuple[int, ...], ...]

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from . import cpu
-from .arrays import input_array, new_output, output_arrays
 from .artifact import Artifact, map_weights
 from .binding import Binding, cached_binder
+from .buffers import input_view, new_view, output_view, view_of
 from .device import Device
-from .dtypes import numpy_dtype
 from .entry import Entry, Source, StepTime, TraceCallback, index_error, ordered
-from .inspection import Reader
 from .library import TRACE, Library, Record, Records, ThreadPool
 from .manifest import FILE_NAME
-from .plan import Plan, Ref
+from .plan import Plan, Port, Ref
+from .ports import taken_outputs
 from .results import compile_results
 from .state_sizes import of_plan
-from .workspace import Frame, Workspace, bind_arrays
+from .workspace import Frame, Workspace, bind_tensors
 
 
 class CpuDevice(Device[Workspace]):
@@ -66,7 +64,7 @@ class CpuDevice(Device[Workspace]):
 class Executable:
     """What all calls of an entry point share; immutable."""
 
-    def __init__(self, plan: Plan, library: Library, weights: np.ndarray) -> None:
+    def __init__(self, plan: Plan, library: Library, weights: memoryview) -> None:
         """Prepare an entry point.
 
         Args:
@@ -87,49 +85,81 @@ class Executable:
         self.bind = cached_binder(plan, lambda symbols: int(arena(symbols, None)))
         self.results = compile_results(plan.results)
         self.stateful = bool(plan.states)
-        self._inputs = tuple((port, numpy_dtype(port.dtype)) for port in plan.inputs)
-        self._output_dtypes = tuple(numpy_dtype(port.dtype) for port in plan.outputs)
+        self._inputs: tuple[tuple[Port, Any], ...] = tuple((port, None) for port in plan.inputs)
+        self._array_type: Any = None
+        self._output_dtypes: Sequence[Any] = ()
+        self._nothing = (None,) * len(plan.outputs)
 
-    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[np.ndarray]:
-        """The arrays of a call, in the order of the plan."""
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The arrays and views of a call, in the order of the plan."""
         if kwargs or len(args) != len(self._inputs):
             args = ordered(self.plan, args, kwargs)
-        arrays = []
+        array_type = self._array_type
+        tensors = []
         for value, (port, dtype) in zip(args, self._inputs, strict=True):
-            if not (type(value) is np.ndarray and value.dtype is dtype and value.flags.carray):
-                value = input_array(value, port)
-            arrays.append(value)
+            if not (type(value) is array_type and value.dtype is dtype and value.flags.carray):
+                value = self._input(value, port)
+            tensors.append(value)
+        return tensors
+
+    def _input(self, value: Any, port: Port) -> Any:
+        view = view_of(value, port)
+        return self._arrays.input_array(value, port) if view is None else input_view(view, port)
+
+    @cached_property
+    def _arrays(self) -> Any:
+        """What handles numpy arrays; numpy is imported by the first call that needs it, and then known to all."""
+        from . import arrays, dtypes
+
+        self._inputs = tuple((port, dtypes.numpy_dtype(port.dtype)) for port in self.plan.inputs)
+        self._output_dtypes = [dtypes.numpy_dtype(port.dtype) for port in self.plan.outputs]
+        self._array_type = arrays.np.ndarray
         return arrays
 
-    def outputs(self, binding: Binding, inputs: Sequence[np.ndarray], out: Any) -> list[np.ndarray]:
-        """Arrays for the results: those of the caller, new ones for the rest."""
-        fresh = zip(binding.outputs, self._output_dtypes, strict=True)
-        if out is None:
-            return [new_output(shape, dtype, count) for (shape, count), dtype in fresh]
-        given = output_arrays(out, self.plan.outputs, [shape for shape, _ in binding.outputs], inputs)
+    def outputs(self, binding: Binding, inputs: Sequence[Any], out: Any) -> list[Any]:
+        """Memory for the results: the caller's, and new for the rest, as views if nothing but views was given."""
+        ports = self.plan.outputs
+        given: Sequence[Any] = self._nothing
+        views = bool(inputs) and type(inputs[0]) is memoryview and _all_views(inputs)
+        if out is not None:
+            given = taken_outputs(out, ports, [shape for shape, _ in binding.outputs], inputs, self._output)
+            views = _all_views([*inputs, *(tensor for tensor in given if tensor is not None)])
+        if views:
+            return [
+                new_view(shape, port.dtype, count) if tensor is None else tensor
+                for tensor, port, (shape, count) in zip(given, ports, binding.outputs, strict=True)
+            ]
+        new_output = self._arrays.new_output
         return [
-            new_output(shape, dtype, count) if array is None else array
-            for array, ((shape, count), dtype) in zip(given, fresh, strict=True)
+            new_output(shape, dtype, count) if tensor is None else tensor
+            for tensor, dtype, (shape, count) in zip(given, self._output_dtypes, binding.outputs, strict=True)
         ]
 
+    def _output(self, value: Any, port: Port, shape: tuple[int, ...]) -> Any:
+        view = view_of(value, port)
+        return self._arrays.out_array(value, port, shape) if view is None else output_view(view, port, shape)
+
     def memory(
-        self, workspace: Workspace, binding: Binding, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]
-    ) -> Any:
-        """A function that gives the bytes of an operand, for :class:`Reader`."""
+        self, workspace: Workspace, binding: Binding, inputs: Sequence[Any], outputs: Sequence[Any]
+    ) -> Callable[[Ref, int], Any]:
+        """A function that gives the bytes of an operand, for a ``Reader``."""
         offsets = (ctypes.c_int64 * max(len(self.plan.buffers), 1))()
         self.arena(binding.symbols, offsets)
 
-        def bytes_of(ref: Ref, count: int) -> np.ndarray:
+        def bytes_of(ref: Ref, count: int) -> Any:
             if ref.kind == "constant":
                 return self.weights[self.plan.constants[ref.index].offset :][:count]
             if ref.kind == "state":
-                return workspace.states[self.plan.states[ref.index].name][:count].copy()
+                return bytearray(workspace.states[self.plan.states[ref.index].name].view[:count])
             if ref.kind == "buffer":
-                return workspace.arena[offsets[ref.index] :][:count].copy()
-            array = (inputs if ref.kind == "input" else outputs)[ref.index]
-            return np.frombuffer(array.tobytes(), np.uint8)
+                return bytearray(workspace.arena[offsets[ref.index] :][:count])
+            return bytearray((inputs if ref.kind == "input" else outputs)[ref.index].tobytes())
 
         return bytes_of
+
+
+def _all_views(tensors: Sequence[Any]) -> bool:
+    return bool(tensors) and all([type(tensor) is memoryview for tensor in tensors])
 
 
 class CpuEntry(Entry[Workspace]):
@@ -186,6 +216,8 @@ class CpuEntry(Entry[Workspace]):
         inputs = executable.inputs(args, kwargs)
         binding = executable.bind(tuple(array.shape for array in inputs), self._state_sizes)
         outputs = executable.outputs(binding, inputs, None)
+        from .inspection import Reader
+
         raised: list[BaseException] = []
         workspace = self._source.take()
         try:
@@ -200,7 +232,7 @@ class CpuEntry(Entry[Workspace]):
                     frame.call.fault = -1
 
             hook = TRACE(step_done)
-            frame.call.trace = ctypes.cast(hook, ctypes.c_void_p).value
+            frame.call.trace = ctypes.c_void_p.from_buffer(hook).value  # ctypes.cast would make a cycle
             try:
                 fault = executable.run(frame.reference)
             finally:
@@ -213,12 +245,10 @@ class CpuEntry(Entry[Workspace]):
             raise index_error(executable.plan, fault - 1)
         return executable.results(outputs, binding.values)
 
-    def _prepare(
-        self, workspace: Workspace, binding: Binding, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]
-    ) -> Frame:
+    def _prepare(self, workspace: Workspace, binding: Binding, inputs: Sequence[Any], outputs: Sequence[Any]) -> Frame:
         frame = workspace.frame(self._executable.name, binding)
         if self._executable.stateful and self._source.fresh:
             workspace.reset(self._executable.name)
-        bind_arrays(frame, inputs, outputs)
+        bind_tensors(frame, inputs, outputs)
         frame.call.fault = 0
         return frame

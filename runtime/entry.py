@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from . import sizes
 from .errors import InputError, UsageError
-from .inspection import Reader
 from .plan import Plan, Port
 from .records import frozen
 
+if TYPE_CHECKING:
+    from .inspection import Reader
+
 W = TypeVar("W")
 
-TraceCallback = Callable[[int, int, Reader], None]
+TraceCallback = Callable[[int, int, "Reader"], None]
 
 
 @frozen
@@ -91,15 +93,22 @@ class Entry(ABC, Generic[W]):
 
         Args:
             *args: inputs in order: numpy arrays or DLPack tensors of exactly the input's dtype, in host memory or on
-                the model's own device; Python numbers and lists of them take the input's dtype.
-            out: arrays to write the outputs to: one array, a sequence, or a dictionary by output name.
+                the model's own device; Python numbers and lists of them take the input's dtype. Or buffers (``bytes``,
+                ``bytearray``, ``array.array``, ``mmap``, a ``memoryview``), for which no numpy is imported: a view
+                whose format and shape are the input's, or, where the input's sizes do not vary, one without a shape
+                of exactly its bytes.
+            out: memory to write the outputs to: one array or writable buffer, a sequence, or a dictionary by output
+                name.
             **kwargs: inputs by name.
 
         Returns:
-            What the model returns (array, tuple, list or dictionary), with arrays that belong to the caller.
+            What the model returns (array, tuple, list or dictionary), with arrays that belong to the caller. They are
+            numpy arrays; but on a CPU, where everything that was given (inputs and ``out``) is a buffer, they are
+            views of the outputs' shapes, in the formats of ``struct``: ``f``, ``q``, ``?``. Half precision is ``H``,
+            the bits of float16 or bfloat16, and may come in like this.
 
         Raises:
-            ShapeError: an input's dtype, rank or size does not fit.
+            ShapeError: an input's dtype or format, rank or size does not fit.
             InputError: an index in an input is out of range.
             UsageError: an input is missing or unknown, ``out`` does not fit, or the model is closed.
         """
@@ -120,7 +129,7 @@ class Entry(ABC, Generic[W]):
             **kwargs: inputs by name.
 
         Returns:
-            What a call returns, as numpy arrays.
+            What a call returns, in host memory.
         """
 
     def _spec(self, port: Port) -> TensorSpec:

@@ -13,8 +13,8 @@ from .errors import ArtifactError
 from .plan import Plan, Ref
 from .plan_check import nbytes
 
-Memory = Callable[[Ref, int], np.ndarray]
-"""Gives so many bytes from the start of an operand, as uint8: a copy, of a constant possibly a read-only view."""
+Memory = Callable[[Ref, int], Any]
+"""Gives so many bytes from the start of an operand, as a buffer: a copy, of a constant possibly a read-only view."""
 
 
 class Reader:
@@ -39,7 +39,7 @@ class Reader:
         return self._array(ref, item.dtype, tuple(sizes.evaluate(size, self._values) for size in item.shape))
 
     def _array(self, ref: Ref, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        return self._memory(ref, nbytes(dtype, shape)).view(numpy_dtype(dtype)).reshape(shape)
+        return np.frombuffer(self._memory(ref, nbytes(dtype, shape)), numpy_dtype(dtype)).reshape(shape)
 
     def _buffer(self, ref: Ref) -> np.ndarray:
         buffer = self._plan.buffers[ref.index]

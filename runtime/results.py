@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import sizes
+from .buffers import duplicate
 
 Arrays = Sequence[Any]
 Builder = Callable[[Arrays, Mapping[str, int]], Any]
@@ -44,4 +45,6 @@ def _builder(tree: dict[str, Any], seen: set[int]) -> Builder:
 
 
 def _copy(array: Any) -> Any:
+    if isinstance(array, memoryview):
+        return duplicate(array)
     return array.copy() if hasattr(array, "copy") else array.clone()

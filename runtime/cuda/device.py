@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
+
 from .. import sizes, state_sizes, tiles, tuned
 from ..artifact import Artifact, map_weights
 from ..device import Device
@@ -51,7 +53,7 @@ class CudaDevice(Device[CudaWorkspace]):
             self._block = memory.allocate(weights.bytes, "the weights")
             undo.callback(self._block.free)
             weights.address = self._block.address
-            upload(context, weights.pieces(map_weights(artifact)))
+            upload(context, weights.pieces(np.frombuffer(map_weights(artifact), np.uint8)))
             results = ResultPool(memory)
             undo.callback(results.close)
             modules = Modules(code, memory)

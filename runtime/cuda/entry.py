@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import given_outputs, input_array, new_output, out_array, shared_output
+from ..arrays import input_array, new_output, out_array
 from ..dtypes import numpy_dtype
 from ..entry import Entry, Source, StepTime, TraceCallback, describe_step, ordered
 from ..errors import DeviceError, ShapeError
 from ..inspection import Reader
 from ..launches import Chooser, Launch, Operand, cached_launches
 from ..plan import Plan, Ref
+from ..ports import given_outputs, shared_output
 from ..results import compile_results
 from ..state_sizes import of_plan
 from .calls import Addresses, PreparedCall

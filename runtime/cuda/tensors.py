@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from .. import dlpack
-from ..arrays import describe
 from ..dtypes import numpy_dtype
 from ..errors import ShapeError
 from ..plan import Port
+from ..ports import describe
 from .context import Context
 from .streams import Stream
 

@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from .. import binaries, tiles
-from ..arrays import input_array, new_output, output_arrays
+from ..arrays import input_array, new_output, out_array
 from ..artifact import Artifact, map_weights
 from ..device import Device
 from ..dtypes import numpy_dtype
@@ -21,6 +23,7 @@ from ..errors import InterpreterError
 from ..inspection import Reader
 from ..launches import Launch, Launches, cached_launches
 from ..plan import Plan, Tile, Variant
+from ..ports import taken_outputs
 from ..results import compile_results
 from ..state_sizes import of_plan
 from . import launch
@@ -52,7 +55,7 @@ class InterpreterDevice(Device[InterpreterWorkspace]):
         for record in artifact.manifest.files:
             if record.path.startswith(f"{SOURCES}/"):
                 artifact.check_digest(record.path)
-        data = map_weights(artifact)
+        data = np.frombuffer(map_weights(artifact), np.uint8)
         self._interpreter = Interpreter(artifact.path / SOURCES)
         with open(artifact.weights_path, "rb") as file:
             block = self._interpreter.map(file.fileno(), writable=False)
@@ -133,7 +136,7 @@ class InterpreterEntry(Entry[InterpreterWorkspace]):
         launches = self._launches(tuple(array.shape for array in inputs), self._state_sizes)
         given: Sequence[Any] = [None] * len(plan.outputs)
         if out is not None:
-            given = output_arrays(out, plan.outputs, [shape for shape, _ in launches.outputs], inputs)
+            given = taken_outputs(out, plan.outputs, [shape for shape, _ in launches.outputs], inputs, out_array)
         outputs = [
             new_output(shape, numpy_dtype(port.dtype), count) if array is None else array
             for array, port, (shape, count) in zip(given, plan.outputs, launches.outputs, strict=True)

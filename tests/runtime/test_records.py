@@ -8,10 +8,9 @@ import hashlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
-from tilewright.runtime import arrays, digests, sizes
+from tilewright.runtime import digests, memory, sizes
 from tilewright.runtime.records import frozen
 
 
@@ -85,7 +84,16 @@ def test_little_is_hashed_without_openssl():
 
 @pytest.mark.parametrize("count", (0, 100, (1 << 20) - 1, 1 << 20, (2 << 20) + 64, 5_000_000))
 def test_scratch_memory_is_aligned_and_all_there(count):
-    memory = arrays.scratch_bytes(count)
-    assert memory.nbytes == count and memory.flags.writeable and (count == 0 or memory.ctypes.data % 64 == 0)
-    memory[:] = 7
-    assert np.all(memory[-100:] == 7)
+    for made in (memory.scratch_bytes(count), memory.aligned_bytes(count), memory.Zeros(count).view):
+        assert made.nbytes == count and not made.readonly and memory.address(made) % 64 == 0
+        made[:] = b"7" * count
+        assert bytes(made[-100:]) == b"7" * min(count, 100)
+
+
+@pytest.mark.parametrize("count", (1, 1000, 2 << 20))
+def test_zeros_are_zeros_again(count):
+    zeros = memory.Zeros(count)
+    for _ in range(2):
+        assert bytes(zeros.view) == bytes(count)
+        zeros.view[:] = b"7" * count
+        zeros.clear()

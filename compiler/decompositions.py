@@ -1,18 +1,22 @@
 """A traced program in functional ATen form, with its composite operators as they are.
 
-That is ``ExportedProgram.run_decompositions({})``, which prepares every composite operator that PyTorch knows, about a
-thousand, to be kept, and takes them all back: four fifths of the time that capturing a small model takes. Only those
-that a program holds need it. PyTorch has no public way to say so; where the parts that are used here are not as they
-were, its public function does the same, slower.
+That is ``ExportedProgram.run_decompositions({})``, which traces the program again, twice, and before prepares every
+composite operator that PyTorch knows, about a thousand, to be kept: most of the time that capturing a model takes.
+Programs that write into nothing need no tracing (``functional_form.py``), and of others only the operators that a
+program holds need the preparation. PyTorch has no public way to say so; where the parts that are used here are not as
+they were, its public function does the same, slower.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch.export import ExportedProgram
+
+from .functional_form import NeedsTracing, rewritten
 
 try:
     from torch._export.utils import _is_preservable_cia_op, _special_op_to_preserve_cia
@@ -29,6 +33,8 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
     """The program with operators that neither mutate nor alias; composite ones that do neither are kept."""
     if not _KNOWN:
         return exported.run_decompositions({})
+    with suppress(NeedsTracing):
+        return rewritten(exported, _is_preservable_cia_op)
     kept = {operator for operator in _operators(exported) if _is_preservable_cia_op(operator)}
     return _decompose_exported_program(
         exported,

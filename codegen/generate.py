@@ -14,6 +14,7 @@ from ..runtime.plan import Constant, Plan
 from .artifact import ConstantData, TargetBinaries, layout_constants, weights_id
 from .c.backend import Weights, build
 from .c.packing import panel_of
+from .c.tables import tied_tables
 from .c.toolchain import Compiler
 from .c.tuning import Tuner, Tunings
 from .c.winograd_selection import Decision, select_winograd
@@ -74,15 +75,19 @@ def generate(
     decisions = select_winograd(programs.get("cpu", ()))
     table = ConstantTable()
     lowered: dict[str, list[Lowered]] = {}
+    panel = panel_of(vector_bits)
     kernels: dict[str, KernelTable] = {}
     for device, entries in programs.items():
         kernels[device] = KernelTable()
         families = families_of(device)
         chooser = tuner if device == "cpu" else None
         lowered[device] = [
-            lower(program, kernels[device], table, families, precision, chooser, panel_of(vector_bits))
+            lower(
+                program, kernels[device], table, families, precision, chooser, panel,
+                tables=tied_tables(program, panel) if device == "cpu" else None,
+            )
             for program in entries
-        ]
+        ]  # fmt: skip
     data = [ConstantData(item.key, item.dtype, item.shape, item.load) for item in table.constants]
     places = layout_constants(data)
     constants = [

@@ -32,7 +32,7 @@ from .plan_sizes import plan_checks, plan_symbols
 from .provenance import origin_of
 from .regions import Chooser, Family, Made, Task
 from .states import state_buffer, updates
-from .storage import ConstantTable, Recipe, Storage, is_constant, recipe_of
+from .storage import ConstantTable, Packing, Recipe, Storage, is_constant, recipe_of
 from .symbols import PREFIX, SymbolTable
 from .values import dtype_name
 
@@ -45,6 +45,7 @@ def lower(
     precision: str = "ieee",
     tuner: Chooser | None = None,
     panel: int = 32,
+    tables: Mapping[fx.Node, Packing] | None = None,
 ) -> Lowered:
     """Lower one entry point.
 
@@ -56,13 +57,14 @@ def lower(
         precision: :attr:`Task.precision` of every region.
         tuner: chooses among the kernels that families offer; without it theirs are taken.
         panel: :attr:`Task.panel` of every region.
+        tables: constants that all readers take in a packing whose layout index functions know.
 
     Raises:
         UnsupportedOperator: nodes outside regions remain; lists all of them.
         CompileError: a size or a value cannot be expressed.
     """
     before = _assumptions(program)
-    lowered = _Lowering(program, kernels, constants, families, precision, tuner, panel).run()
+    lowered = _Lowering(program, kernels, constants, families, precision, tuner, panel, tables or {}).run()
     if len(_assumptions(program)) > len(before):
         raise CompileError(
             f"lowering {program.name} took a size that varies for a number: {_assumptions(program)[len(before)]}; "
@@ -90,8 +92,10 @@ class _Lowering:
         precision: str,
         tuner: Chooser | None,
         panel: int,
+        tables: Mapping[fx.Node, Packing],
     ) -> None:
         self.program = program
+        self.tables = tables
         self.panel = panel
         self.tuner = tuner
         self.families = families
@@ -136,10 +140,11 @@ class _Lowering:
             places.append(storage)
             self.storages[node] = storage
         elif is_constant(node):
-            recipe = recipe_of(self.program, node)
+            recipe, packed = recipe_of(self.program, node), self.tables.get(node)
             self.storages[node] = Storage(
-                "constant", recipe.shape, recipe.dtype, name=recipe.label, recipe=recipe, value=_single_value(recipe)
-            )
+                "constant", recipe.shape, recipe.dtype, packed.layout if packed else "rows", recipe.label,
+                recipe=recipe, packed=packed, value=_single_value(recipe),
+            )  # fmt: skip
         elif is_region(node, "kernel"):
             self._region(node)
         elif node.target is operator.getitem and node.args[0] in self.storages:

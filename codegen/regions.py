@@ -108,7 +108,7 @@ class Frame:
         plain = [storage for storage in reads if storage is not None and storage not in inline]
         for storage in plain:
             if storage.recipe is not None and storage.index < 0:
-                storage.index = task.constants.request(storage.recipe)
+                storage.index = task.constants.request(storage.recipe, storage.packed)
         self.reads = unique([*plain, *extra])
         self.storages = (*self.reads, *task.results, *self.scratch)
         names = {id(storage): f"x{position}" for position, storage in enumerate(self.reads)}

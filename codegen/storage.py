@@ -33,13 +33,15 @@ class Packing:
     """A layout for a constant: its name (part of the key), the packed shape, and the function that makes it.
 
     The constant is converted to ``dtype`` first. Packing only moves elements and fills up with zeros: it is given
-    bfloat16 as its bits in uint16.
+    bfloat16 as its bits in uint16. ``layout`` is how index functions find an element of the constant in it
+    (``Kernel.offset``); empty where they cannot.
     """
 
     name: str
     shape: tuple[int, ...]
     pack: Callable[[np.ndarray], np.ndarray]
     dtype: str = "float32"
+    layout: str = ""
 
 
 @dataclass(eq=False)
@@ -47,6 +49,7 @@ class Storage:
     """One buffer of a plan. Identity matters: two storages are two places in memory.
 
     ``kind`` and ``index`` are those of the plan's ``Ref``; the index of a ``"buffer"`` is given when memory is planned.
+    A constant may be stored ``packed``, in a way that the layout names; its shape is the one before.
     """
 
     kind: str
@@ -56,6 +59,7 @@ class Storage:
     name: str = ""
     index: int = -1
     recipe: Recipe | None = None
+    packed: Packing | None = None
     value: float | int | bool | None = None  # of a constant with one element, so that kernels can write it down
 
 

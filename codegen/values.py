@@ -7,6 +7,7 @@ never touches memory.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..runtime.sizes import Size
 from .expr import COMPUTE_DTYPE, Builder, Expr
 
 LANES = 16  # channels per block in the channels16 layout
+_PANELS = re.compile(r"panels(\d+)x(\d+)")
 
 At = Callable[[tuple[Size, ...], Expr | None], Expr]
 
@@ -104,6 +106,11 @@ class Kernel:
             block, lane = self.split(c, LANES)
             shape = (shape[0], sizes.ceildiv(shape[1], LANES), *shape[2:], LANES)
             index = (n, block, *space, lane)
+        if panels := _PANELS.fullmatch(layout):
+            width, per = map(int, panels.groups())
+            (block, lane), (word, element) = self.split(index[0], width), self.split(index[1], per)
+            shape = (sizes.ceildiv(shape[0], width), sizes.ceildiv(shape[1], per), width, per)
+            index = (block, word, lane, element)
         result: Size = 0
         stride: Size = 1
         for position, extent in zip(reversed(index), reversed(shape), strict=True):
@@ -194,6 +201,11 @@ class Kernel:
                             rest = [arg for arg in offset.args if arg not in (term, partner)]
                             return self._rejoin(sizes.add(sizes.mul(value, *others), *rest))
         return offset
+
+
+def panel_layout(width: int, per: int) -> str:
+    """The layout of a matrix as panels of so many rows, in words of so many columns: [panels][words][width][per]."""
+    return f"panels{width}x{per}"
 
 
 def channels_last(axes: Sequence[Size]) -> tuple[Size, ...]:

@@ -35,7 +35,7 @@ from ..products import (
 )
 from ..regions import Frame, Made, Task
 from ..storage import Packing, Storage
-from ..values import dtype_name
+from ..values import dtype_name, panel_layout
 from .anchors import Anchored, c_size
 from .blocking import Blocking, Problem, alternatives, choose
 from .loops import loop_family
@@ -85,7 +85,8 @@ def panel_packing(n: int, k: int, *, transposed: bool, kind: str = "float32", pa
     per = _PER_WORD[kind]
     panels, words = -(-n // panel), -(-k // per) + (kind == "int8")
     shape = (panels, words, panel) if per == 1 else (panels, words, panel, per)
-    return Packing(f"panels{panel}" + ("t" if transposed else ""), shape, pack, kind)
+    layout = panel_layout(panel, per) if transposed and kind != "int8" else ""
+    return Packing(f"panels{panel}" + ("t" if transposed else ""), shape, pack, kind, layout)
 
 
 def _kind(anchor: fx.Node) -> str | None:

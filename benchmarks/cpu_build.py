@@ -25,7 +25,7 @@ from .cpu_systems import INPUTS, OUTPUTS, call_of, inductor, module_of, onnxrunt
 from .models import CASES, image, minilm, tokens
 from .process import forked, serve
 from .torch_module import Flat
-from .values import load_arrays, save_arrays
+from .values import load_arrays, save_arrays, save_raw
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -62,7 +62,9 @@ def reference(folder: Path, model: str, batch: int) -> dict[str, Any]:
     module.eval().requires_grad_(False)
     outputs = call_of(module)([tensor.numpy() for tensor in inputs])
     torch.save(module, folder / "module.pt")
-    save_arrays(folder / INPUTS, [tensor.numpy() for tensor in inputs])
+    arrays = [tensor.numpy() for tensor in inputs]
+    save_arrays(folder / INPUTS, arrays)
+    save_raw(folder, arrays)
     save_arrays(folder / OUTPUTS, outputs)
     return {"flops": operations(module, inputs), "weight_bytes": weight_bytes(module)}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cpu_ratios import OURS, Results, fastest_peer
+from .cpu_ratios import OURS, WITH_NUMPY, Results, fastest_peer
 from .cpu_units import CONVOLUTIONAL, TRANSFORMERS, Case
 
 LEAST_TRANSFORMERS = {"fp32": 1.00, "bf16": 0.95}
@@ -82,7 +82,7 @@ def _shares(results: Results, cases: Sequence[Case], precision: str) -> Iterator
     compiles: dict[str, float] = {}
     starts: dict[str, float] = {}
     memories: dict[str, float] = {}
-    pythons: dict[str, str] = {}
+    asides: dict[tuple[str, str], str] = {}
     for case in cases:
         builds = [results.get(f"build/{case.name}/{name}", {}).get("seconds") for name in (OURS, "aotinductor")]
         if all(builds):
@@ -93,16 +93,25 @@ def _shares(results: Results, cases: Sequence[Case], precision: str) -> Iterator
             for shares, key in ((starts, "seconds"), (memories, "peak_bytes")):
                 best = min(item[key] for name, item in good.items() if name != OURS)
                 shares[case.model] = good[OURS][key] / best
-                if shares is starts and (least := results[f"start/{case.name}"].get("python", {}).get(key)):
-                    pythons[case.model] = f" (Python and numpy alone {least / best:.2f})"
-    for text, shares, limit in (
-        ("compile time as a share of AOTInductor's", compiles, MOST_COMPILE),
-        ("start-up as a share of the fastest peer's", starts, MOST_START),
-        ("peak memory as a share of the leanest peer's", memories, MOST_MEMORY),
+                asides[key, case.model] = _aside(results[f"start/{case.name}"], key, best)
+    for text, key, shares, limit in (
+        ("compile time as a share of AOTInductor's", "compile", compiles, MOST_COMPILE),
+        ("start-up as a share of the fastest peer's", "seconds", starts, MOST_START),
+        ("peak memory as a share of the leanest peer's", "peak_bytes", memories, MOST_MEMORY),
     ):
         for model, value in shares.items():
-            why = pythons.get(model, "") if shares is starts else ""
-            yield Goal(f"{precision} {text}: {model}{why}", value, limit, at_most=True)
+            aside = asides.get((key, model), "")
+            yield Goal(f"{precision} {text}: {model}{aside}", value, limit, at_most=True)
+
+
+def _aside(started: Mapping[str, Any], key: str, best: float) -> str:
+    """What else was started in the same turns, as shares of a peer's, and whether Tilewright did without numpy."""
+    found = []
+    if key in started.get(WITH_NUMPY, {}):
+        found.append(f"without numpy; with it {started[WITH_NUMPY][key] / best:.2f}")
+    if key == "seconds" and key in started.get("python", {}):
+        found.append(f"Python and numpy alone {started['python'][key] / best:.2f}")
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _matmuls(rows: Sequence[Mapping[str, Any]]) -> Iterator[Goal]:

@@ -10,6 +10,8 @@ from .cpu_units import PRECISIONS, Case
 
 Results = Mapping[str, Mapping[str, Any]]
 OURS = "tilewright"
+WITH_NUMPY = "tilewright_numpy"
+"""In a start's results: Tilewright with numpy arrays. Records before it have that as Tilewright's only start."""
 
 
 def bound_ms(results: Results, case: Case) -> float:

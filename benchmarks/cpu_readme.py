@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cpu_ratios import OURS, fastest_peer, timed_systems
+from .cpu_ratios import OURS, WITH_NUMPY, fastest_peer, timed_systems
 from .cpu_units import MODELS, PRECISIONS, SYSTEMS, Case, cases
 from .state import describe
 
@@ -58,11 +58,17 @@ def section(record: Mapping[str, Any], path: str) -> str:
         if chosen := [case for case in planned if case.latency == latency]:
             parts.append("\n".join(_table(results, chosen, title)))
     parts.append(f"![Every system's speed as a share of the processor's limit]({Path(path).with_suffix('.png')})")
+    both = any(WITH_NUMPY in results.get(f"start/{case.name}", {}) for case in planned)
     missed = [goal for goal in record["goals"] if not goal["reached"]]
     parts.append(
         f"{describe(record['machine'])}: medians of interleaved runs on {record['date']} ([the record]({path})), "
         "times faster as the median over turns, which drift less than whole runs do. "
-        f"Of {len(record['goals'])} goals {len(record['goals']) - len(missed)} are reached."
+        + (
+            "Start-up and memory are those of a process without numpy; in parentheses with numpy arrays. "
+            if both
+            else ""
+        )
+        + f"Of {len(record['goals'])} goals {len(record['goals']) - len(missed)} are reached."
     )
     return "\n\n".join(parts)
 
@@ -85,9 +91,12 @@ def _table(results: Mapping[str, Any], chosen: Sequence[Case], title: str) -> It
         cells.append(f"{_digits(systems[peer[0]]['ms'])} ({SYSTEMS[peer[0]].label})" if peer else "-")
         cells.append(f"{peer[1]:.2f}" if peer else "-")
         if latency:
-            start = results.get(f"start/{case.name}", {"systems": {}})["systems"].get(OURS, {})
-            cells.append(f"{start['seconds']:.2f}" if "seconds" in start else "-")
-            cells.append(f"{start['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in start else "-")
+            started = results.get(f"start/{case.name}", {"systems": {}})
+            start, other = started["systems"].get(OURS, {}), started.get(WITH_NUMPY, {})
+            aside = f" ({other['seconds']:.2f})" if "seconds" in other else ""
+            cells.append(f"{start['seconds']:.2f}{aside}" if "seconds" in start else "-")
+            aside = f" ({other['peak_bytes'] / 2**20:.0f})" if "peak_bytes" in other else ""
+            cells.append(f"{start['peak_bytes'] / 2**20:.0f}{aside}" if "peak_bytes" in start else "-")
         yield f"| {' | '.join(cells)} |"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .cpu_goals import goals
 from .cpu_losses import describe_losses
-from .cpu_ratios import OURS, Results, bound_ms, fastest_peer, ratio, timed_systems
+from .cpu_ratios import OURS, WITH_NUMPY, Results, bound_ms, fastest_peer, ratio, timed_systems
 from .cpu_units import MODELS, PRECISIONS, SYSTEMS, Case
 from .state import describe
 
@@ -57,7 +57,8 @@ def _case(results: Results, case: Case) -> Iterator[str]:
         f"{'compile':>10}{'start':>9}{'peak MiB':>10}{'size MiB':>10}"
     )
     found = timed_systems(results, case)
-    starts = results.get(f"start/{case.name}", {"systems": {}})["systems"]
+    started = results.get(f"start/{case.name}", {"systems": {}})
+    starts = started["systems"]
     for name, item in results[f"time/{case.name}"]["systems"].items():
         if "error" in item:
             yield f"{SYSTEMS[name].label:15}{item['error']}"
@@ -75,6 +76,12 @@ def _case(results: Results, case: Case) -> Iterator[str]:
         )
         if "error" in start:
             yield f"{'':15}start: {start['error']}"
+    for name, what in (
+        (WITH_NUMPY, "Tilewright with numpy arrays; above without numpy"),
+        ("python", "Python and numpy alone"),
+    ):
+        if "seconds" in started.get(name, {}):
+            yield f"{'start':15}{started[name]['seconds']:.2f} s  {what}"
 
 
 def _cell(value: float | None, width: int, form: str, unit: float = 1) -> str:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from .values import flatten
+
+if TYPE_CHECKING:
+    import numpy as np
 
 INPUTS, OUTPUTS = "inputs.npy", "outputs.npy"
 """In a case's folder: what all systems are given, and what eager float32 PyTorch makes of it."""
 
-Call = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+Call = Callable[[Sequence["np.ndarray"]], list["np.ndarray"]]
 Loader = Callable[[Path, int, str], Call]
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.cpu_worker                                            # asked in lines of JSON
     python -m benchmarks.cpu_worker SYSTEM FOLDER THREADS PRECISION            # up to the first output, once
+    python -m benchmarks.cpu_worker buffers FOLDER THREADS PRECISION           # Tilewright without numpy
     python -m benchmarks.cpu_worker python FOLDER THREADS PRECISION            # up to the inputs, without any system
 
 Requests: ``{"load": {"system", "folder", "threads", "precision"}}`` loads, runs and compares with the reference;
@@ -14,13 +15,17 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .cpu_systems import INPUTS, LOADERS, OUTPUTS, load_tilewright
-from .values import deviation, load_arrays
+from .values import deviation, load_arrays, load_raw
 
 LIMITS = "limits"
+BUFFERS = "buffers"
+"""What stands for a new process in which Tilewright takes plain bytes, so that nothing imports numpy."""
 PYTHON = "python"
 """What stands for a process that starts Python, imports numpy and reads the inputs: no start is faster."""
 
@@ -126,12 +131,23 @@ def start_once(system: str, folder: str, threads: str, precision: str) -> None:
         load_arrays(Path(folder) / INPUTS)
         print(time.monotonic(), peak_bytes())
         return
-    runner = Runner(system, folder, int(threads), precision)
-    runner.call(runner.inputs)
+    call = call_with_buffers(Path(folder), int(threads)) if system == BUFFERS else None
+    if call is None:
+        runner = Runner(system, folder, int(threads), precision)
+        call = partial(runner.call, runner.inputs)
+    call()
     moment = time.monotonic()
     for _ in range(2):
-        runner.call(runner.inputs)
+        call()
+    if system == BUFFERS and "numpy" in sys.modules:
+        raise RuntimeError("numpy was imported in the process that is to do without")
     print(moment, peak_bytes())
+
+
+def call_with_buffers(folder: Path, threads: int) -> Callable[[], Any]:
+    """A call of Tilewright on the bytes of the inputs, whose shapes are fixed."""
+    model = load_tilewright(folder, threads)
+    return partial(model, *load_raw(folder, len(model.inputs)))
 
 
 def peak_bytes() -> int:

@@ -2,7 +2,8 @@
 
     python benchmarks/startup.py [--artifact DIR] [--runs N] [--threads N] [--json]
 
-Each run is a process of its own. Times are read from the system's monotonic clock, which all processes share, so the
+Each run is a process of its own, by turns one that gives the model plain buffers and imports no numpy, and one that
+imports numpy and gives it arrays. Times are read from the system's monotonic clock, which all processes share, so the
 interpreter's own start counts. Without --artifact, ResNet-50 is compiled first (not counted).
 
 Modules are compiled to bytecode before, as they are where a package is installed. numpy's BLAS, which no model uses,
@@ -20,16 +21,20 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 TARGET_SECONDS = 0.30
 STAGES = ("start Python", "import numpy", "import tilewright", "load", "first call", "second call")
+WAYS = ("buffers", "numpy")
 
 CHILD = """
-import time
+import sys, time
 marks = [time.monotonic()]
-import numpy
+with_numpy = sys.argv[3] == "numpy"
+if with_numpy:
+    import numpy
 marks.append(time.monotonic())
-import sys, tilewright
+import tilewright
 tilewright.load
 marks.append(time.monotonic())
 threads = int(sys.argv[2]) or None
@@ -38,20 +43,28 @@ marks.append(time.monotonic())
 plan = model.entry(model.entries[0]).plan
 sample = {symbol.name: symbol.minimum for symbol in plan.symbols}
 from tilewright.runtime.sizes import evaluate
-inputs = [numpy.ones([evaluate(size, sample) for size in port.shape], port.dtype) for port in plan.inputs]
+shapes = [tuple(evaluate(size, sample) for size in port.shape) for port in plan.inputs]
+if with_numpy:
+    inputs = [numpy.ones(shape, port.dtype) for port, shape in zip(plan.inputs, shapes)]
+else:
+    from math import prod
+    from struct import pack
+    from tilewright.runtime.buffers import FORMATS
+    forms = [FORMATS[port.dtype] for port in plan.inputs]
+    inputs = [memoryview(pack(form, form != "H") * prod(shape)).cast(form, shape) for form, shape in zip(forms, shapes)]
 model(*inputs)
 marks.append(time.monotonic())
 model(*inputs)
 marks.append(time.monotonic())
-assert "torch" not in sys.modules
+assert "torch" not in sys.modules and with_numpy == ("numpy" in sys.modules)
 print(*marks)
 """
 
 
-def one_run(artifact: Path, threads: int) -> list[float]:
+def one_run(artifact: Path, threads: int, way: str) -> list[float]:
     """Seconds of every stage."""
     begin = time.monotonic()
-    command = [sys.executable, "-c", CHILD, str(artifact), str(threads)]
+    command = [sys.executable, "-c", CHILD, str(artifact), str(threads), way]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     marks = [begin, *map(float, done.stdout.split())]
@@ -65,30 +78,38 @@ def compiled(folder: str) -> Path:
     return output
 
 
+def summary(runs: list[list[float]]) -> dict[str, Any]:
+    """Medians of the stages, and of the time to the first output with its least."""
+    totals = [sum(run[:-1]) for run in runs]
+    stages = {name: median(run[index] for run in runs) for index, name in enumerate(STAGES)}
+    return {"stages": stages, "first_output": median(totals), "fastest": min(totals)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--artifact", type=Path, help="an artifact to start, instead of compiling ResNet-50")
-    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--runs", type=int, default=15, help="processes of each way")
     parser.add_argument("--threads", type=int, default=0, help="0: all that the process may use")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    runs: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         artifact = arguments.artifact or compiled(folder)
-        for _ in range(2):
-            one_run(artifact, arguments.threads)  # fills the page cache
-        runs = [one_run(artifact, arguments.threads) for _ in range(arguments.runs)]
-    stages = {name: median(run[index] for run in runs) for index, name in enumerate(STAGES)}
-    totals = [sum(run[:-1]) for run in runs]
-    total = median(totals)
+        for way in WAYS:
+            one_run(artifact, arguments.threads, way)  # fills the page cache
+        for _ in range(arguments.runs):
+            for way in WAYS:
+                runs[way].append(one_run(artifact, arguments.threads, way))
+    found = {way: summary(runs[way]) for way in WAYS}
     if arguments.json:
-        found = {"stages": stages, "first_output": total, "fastest": min(totals), "target": TARGET_SECONDS}
-        print(json.dumps(found | {"runs": arguments.runs}, indent=1))
+        print(json.dumps(found | {"target": TARGET_SECONDS, "runs": arguments.runs}, indent=1))
         return
-    for name, seconds in stages.items():
-        print(f"{name:20}{seconds * 1e3:8.1f} ms")
-    aside = f"(fastest {min(totals) * 1e3:.1f}; target {TARGET_SECONDS * 1e3:.0f})"
-    print(f"{'to the first output':20}{total * 1e3:8.1f} ms  {aside}")
-    print(f"medians of {arguments.runs} processes")
+    print(f"{'ms':20}{'no numpy':>10}{'numpy':>10}")
+    for name in STAGES:
+        print(f"{name:20}" + "".join(f"{found[way]['stages'][name] * 1e3:10.1f}" for way in WAYS))
+    for name, key in (("to the first output", "first_output"), ("the fastest of them", "fastest")):
+        print(f"{name:20}" + "".join(f"{found[way][key] * 1e3:10.1f}" for way in WAYS))
+    print(f"medians of {arguments.runs} processes each; target {TARGET_SECONDS * 1e3:.0f} ms")
 
 
 if __name__ == "__main__":

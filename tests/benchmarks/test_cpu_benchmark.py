@@ -140,11 +140,13 @@ def test_starts_python_alone_beside_the_systems(benchmark, tmp_path, monkeypatch
     case, measuring = benchmark("cpu_units").Case("mlp", "fp32", 1), benchmark("cpu_measure")
     start = measuring.Bench.start
     bench, _ = bench_of(benchmark, tmp_path, monkeypatch)
-    seconds = {"python": 0.1, "tilewright": 0.2}
+    seconds = {"python": 0.1, "tilewright": 0.2, "buffers": 0.15, "eager": 0.4}
     monkeypatch.setattr(measuring.Bench, "start_one", lambda self, case, name, folder: (seconds[name], 1 << 20))
     found = start(bench, case, ["tilewright"], ["tilewright"], tmp_path)
     assert found["python"]["seconds"] == 0.1
-    assert {name: item["seconds"] for name, item in found["systems"].items()} == {"tilewright": 0.2}
+    assert {name: item["seconds"] for name, item in found["systems"].items()} == {"tilewright": 0.15}  # without numpy
+    assert found["tilewright_numpy"]["seconds"] == 0.2
+    assert start(bench, case, ["eager"], ["eager"], tmp_path).keys() == {"python", "systems"}
 
 
 def test_keeps_artifacts_of_a_case_that_was_cut_off(benchmark, tmp_path, monkeypatch):
@@ -306,6 +308,23 @@ def test_goals(benchmark):
         f"bfloat16 {products} 1 (least 0.80: bf16 square 1024)": (0.8, 0.85, False),
     }
     assert set(judging.LEAST_TRANSFORMERS) == set(judging.LEAST_CONVOLUTIONAL) == set(units.PRECISIONS)
+
+
+def test_starts_without_numpy_stand_beside_those_with_it(benchmark):
+    """Records before there were any have numpy's only, and say nothing of it."""
+    case = benchmark("cpu_units").Case("resnet50", "fp32", 1)
+    start = RESULTS["start/resnet50/fp32/1"]
+    with_numpy = {"seconds": 0.3, "low": 0.3, "high": 0.3, "peak_bytes": 180 << 20}
+    results = RESULTS | {"start/resnet50/fp32/1": start | {"tilewright_numpy": with_numpy}}
+    texts = [goal.text for goal in benchmark("cpu_goals").goals(results, [case])]
+    aside = "(without numpy; with it 0.75, Python and numpy alone 0.25)"
+    assert f"fp32 start-up as a share of the fastest peer's: resnet50 {aside}" in texts
+    assert "fp32 peak memory as a share of the leanest peer's: resnet50 (without numpy; with it 0.90)" in texts
+    record = {"date": "2026-12-01", "machine": MACHINE, "goals": [], "results": results}
+    text = benchmark("cpu_readme").section(record, "benchmarks/results/x.json")
+    assert "| 0.80 | 0.20 (0.30) | 150 (180) |" in text and "a process without numpy" in text
+    tables = benchmark("cpu_report").report(MACHINE, results, [case], {})
+    assert "0.30 s  Tilewright with numpy arrays" in tables and "0.10 s  Python and numpy alone" in tables
 
 
 def test_takes_part(benchmark):

@@ -10,16 +10,16 @@
  * most the length of the four codes times that of the four weights (Cauchy-Schwarz). tw_quantize_row notes the greatest
  * length in a row, tw_signed_squares finds that of a chunk of weights. Either way sums are exact.
  *
- * A row meets all 32 columns at once, and weights are operands in memory as the panel holds them. So rows need no tiles,
- * and one row takes the same way as many; those go over a chunk of the panel that stays in the first-level cache, and share
- * the fetching of the next one.
+ * Rows need no tiles: one by one they meet all 32 columns, and weights are operands in memory as the panel holds them.
+ * They go over a chunk of the panel that stays in the first-level cache, and share the fetching of the next one. A few rows
+ * go over the panel together, as it comes from memory.
  */
 #ifndef TW_QUANTIZED_SIGNED_H
 #define TW_QUANTIZED_SIGNED_H
 
 #include "tw_quantized_products.h"
 
-#define TW_SIGNED_CHUNK 16 /* steps */
+#define TW_SIGNED_CHUNK 8 /* steps */
 #define TW_SIGNED_MANY 8   /* rows for which it is worth to look at a chunk first */
 
 /* Products of two terms each of a word with 8 columns at `at`. */
@@ -32,7 +32,8 @@ static inline __m256i tw_signed_sum(__m256i sum, __m256i products) {
 
 /* A step's products with 32 columns; sums a and b are of the first half, c and d of the second. The barriers keep compilers
  * from adding products of several words to each other first, which takes more registers than there are. */
-#define TW_SIGNED_STEP(codes, step) \
+#define TW_SIGNED_STEP(codes, step, ahead) \
+    tw_prefetch_q(step, ahead); \
     for (int64_t word = 0; word < 8; word++) { \
         const __m256i sizes = TW_WORD_Q((codes) + word * 8), signs = TW_WORD_Q((codes) + word * 8 + 4); \
         const uint8_t *const first = (step) + word * 64, *const second = first + TW_HALF_int8; \
@@ -47,7 +48,8 @@ static inline __m256i tw_signed_sum(__m256i sum, __m256i products) {
 /* The same where four products fit 16 bits. */
 #define TW_SIGNED_PAIR(sum, at) \
     sum = tw_signed_sum(sum, _mm256_add_epi16(tw_signed_word(sizes0, signs0, at), tw_signed_word(sizes1, signs1, (at) + 64)))
-#define TW_SIGNED_STEP_OF_PAIRS(codes, step) \
+#define TW_SIGNED_STEP_OF_PAIRS(codes, step, ahead) \
+    tw_prefetch_q(step, ahead); \
     for (int64_t word = 0; word < 8; word += 2) { \
         const __m256i sizes0 = TW_WORD_Q((codes) + word * 8), signs0 = TW_WORD_Q((codes) + word * 8 + 4); \
         const __m256i sizes1 = TW_WORD_Q((codes) + word * 8 + 8), signs1 = TW_WORD_Q((codes) + word * 8 + 12); \
@@ -68,14 +70,49 @@ static inline __m256i tw_signed_sum(__m256i sum, __m256i products) {
         __m256i a = _mm256_loadu_si256(to), b = _mm256_loadu_si256(to + 1); \
         __m256i c = _mm256_loadu_si256(to + 2), d = _mm256_loadu_si256(to + 3); \
         for (int64_t s = 0; s < steps; s++, step += TW_STEP_BYTES(int8), codes += TW_STEP_K * TW_CODE_BYTES_int8) { \
-            tw_prefetch_q(step, ahead); \
-            STEP(codes, step) \
+            STEP(codes, step, ahead) \
         } \
         _mm256_storeu_si256(to, a), _mm256_storeu_si256(to + 1, b); \
         _mm256_storeu_si256(to + 2, c), _mm256_storeu_si256(to + 3, d); \
     }
 TW_DEFINE_SIGNED(tw_signed_whole, TW_SIGNED_STEP)
 TW_DEFINE_SIGNED(tw_signed_whole_of_pairs, TW_SIGNED_STEP_OF_PAIRS)
+
+/* The same for a few rows whose codes lie `apart` bytes apart, at the memory's speed: half after half as the panel lies,
+ * and fetched in as many pieces. */
+#define TW_SIGNED_FEW(r) \
+    { \
+        const int8_t *const at = codes + (r) * apart + word * 8; \
+        const __m256i sizes = TW_WORD_Q(at), signs = TW_WORD_Q(at + 4); \
+        x##r = tw_signed_sum(x##r, _mm256_maddubs_epi16(sizes, _mm256_xor_si256(signs, w0))); \
+        y##r = tw_signed_sum(y##r, _mm256_maddubs_epi16(sizes, _mm256_xor_si256(signs, w1))); \
+        TW_KEEP_Q(x##r, y##r); \
+    }
+#define TW_SIGNED_KEEP(r) \
+    { \
+        __m256i *const to = (__m256i *)(totals + (r) * TW_PANEL + n); \
+        _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), x##r)); \
+        _mm256_storeu_si256(to + 1, _mm256_add_epi32(_mm256_loadu_si256(to + 1), y##r)); \
+    }
+#define TW_DEFINE_SIGNED_FEW(KIND, ROWS) \
+    static __attribute__((noinline)) void tw_signed_few_##ROWS( \
+        const int8_t *codes, int64_t apart, const uint8_t *step, int64_t steps, int32_t *totals) { \
+        const tw_ahead ahead = tw_ahead_of(0, 1, TW_STEP_BYTES(KIND)); \
+        for (int64_t s = 0; s < steps; s++, step += TW_STEP_BYTES(KIND), codes += TW_STEP_K * TW_CODE_BYTES_##KIND) { \
+            for (int64_t n = 0; n < TW_PANEL; n += 16) { \
+                const uint8_t *const half = step + n / 16 * TW_HALF_##KIND; \
+                tw_prefetch_q(half, ahead); \
+                TW_REPEAT_##ROWS(TW_ZERO_Q) \
+                for (int64_t word = 0; word < 8; word++) { \
+                    const __m256i w0 = TW_LOAD_Q(half + word * 64), w1 = TW_LOAD_Q(half + word * 64 + 32); \
+                    TW_REPEAT_##ROWS(TW_SIGNED_FEW) \
+                } \
+                __asm__ volatile("" ::: "memory"); \
+                TW_REPEAT_##ROWS(TW_SIGNED_KEEP) \
+            } \
+        } \
+    }
+TW_FOR_EACH_ROWS_Q(TW_DEFINE_SIGNED_FEW, int8)
 
 /* The greatest square of a length of four weights that are added up in 16 bits, in some steps. */
 static __attribute__((noinline)) int32_t tw_signed_squares(const uint8_t *step, int64_t steps) {
@@ -119,8 +156,7 @@ static __attribute__((noinline)) void tw_signed_groups(
         for (const int64_t last = tw_smaller((group + 1) * per, end); s < last; s++, step += TW_STEP_BYTES(int8)) {
             __m256i a = _mm256_set1_epi32(*row_sums >> 16), b = a, c = a, d = a;
             const float scale = *row_scales, less = (float)(int16_t)*row_sums;
-            tw_prefetch_q(step, ahead);
-            TW_SIGNED_STEP(codes, step)
+            TW_SIGNED_STEP(codes, step, ahead)
             tw_signed_add(a, header, zeros, scale, less, 0, sums);
             tw_signed_add(b, header, zeros, scale, less, 8, sums);
             tw_signed_add(c, header, zeros, scale, less, 16, sums);
@@ -130,19 +166,18 @@ static __attribute__((noinline)) void tw_signed_groups(
     }
 }
 
-/* What row `row` of `rows` fetches: one row everything, some way ahead; of many, each its share of the next chunk. */
+/* What row `row` of several fetches: its share of the next chunk. The first one also takes the line before, which may be a
+ * header. */
 static inline tw_ahead tw_signed_ahead(int64_t row, int64_t rows) {
     const int64_t lines = TW_STEP_BYTES(int8) / 64;
     return (tw_ahead){
-        rows > 1 ? TW_SIGNED_CHUNK * TW_STEP_BYTES(int8) : TW_AHEAD_Q, row == 0 ? -1 : lines * row / rows,
-        lines * (row + 1) / rows};
+        TW_SIGNED_CHUNK * TW_STEP_BYTES(int8), row == 0 ? -1 : lines * row / rows, lines * (row + 1) / rows};
 }
 
 /* sums[rows][32] += the products with a panel. */
 static inline void tw_product_int8(const tw_quantized *x, const uint8_t *panel, int64_t per, int zeros, float *sums) {
-    const int64_t chunk = x->rows > 1 ? TW_SIGNED_CHUNK : x->steps;
     for (int64_t from = 0, end; from < x->steps; from = end) {
-        end = tw_smaller(from + chunk, x->steps);
+        end = tw_smaller(from + TW_SIGNED_CHUNK, x->steps);
         for (int64_t row = 0; row < x->rows; row++) {
             const int64_t at = row * x->steps + from;
             tw_signed_groups(
@@ -154,10 +189,14 @@ static inline void tw_product_int8(const tw_quantized *x, const uint8_t *panel, 
 
 /* totals[rows][32] += the products with a panel that is one group, as integers. */
 static inline void tw_product_whole_int8(const tw_quantized *x, const uint8_t *panel, int32_t *totals) {
-    const int64_t chunk = x->rows > 1 ? TW_SIGNED_CHUNK : x->steps;
     panel += TW_HEADER_BYTES(int8, 0);
+    if (x->rows <= TW_FEW_ROWS_Q) {
+        const int64_t apart = x->steps * TW_STEP_K * TW_CODE_BYTES_int8;
+        TW_SWITCH_ROWS_Q(tw_signed_few_, x->rows, x->codes, apart, panel, x->steps, totals)
+        return;
+    }
     for (int64_t from = 0, end; from < x->steps; from = end) {
-        end = tw_smaller(from + chunk, x->steps);
+        end = tw_smaller(from + TW_SIGNED_CHUNK, x->steps);
         const uint8_t *const step = panel + from * TW_STEP_BYTES(int8);
         const int32_t fits = x->rows < TW_SIGNED_MANY ? -1 : tw_signed_fits(tw_signed_squares(step, end - from));
         for (int64_t row = 0; row < x->rows; row++) {

@@ -136,7 +136,7 @@ class Executable:
         ]
 
     def _output(self, value: Any, port: Port, shape: tuple[int, ...]) -> Any:
-        view = view_of(value, port)
+        view = None if type(value) is self._array_type else view_of(value, port)
         return self._arrays.out_array(value, port, shape) if view is None else output_view(view, port, shape)
 
     def memory(

@@ -8,14 +8,13 @@ whether to trust who made them is the user's decision.)
 # Annotations stay objects (no `annotations` from __future__): reading them costs a process no time then.
 
 import json
-from dataclasses import field
 from typing import Any
 
 from . import typed_json
 from .digests import hexadecimal
 from .errors import ArtifactError
 from .plan import FORMAT_VERSION, to_json
-from .records import frozen
+from .records import field, frozen
 
 FILE_NAME = "manifest.json"
 DEVICES = ("cpu", "cuda")

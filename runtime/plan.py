@@ -9,14 +9,12 @@ Reading validates: every reference resolves, every size is a well-formed express
 
 # Annotations stay objects (no `annotations` from __future__): reading them costs a process no time then.
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import field
 from typing import Any, Literal
 
 from . import plan_check, sizes, typed_json
 from .errors import ArtifactError
-from .records import frozen
+from .records import field, fields_of, frozen
 from .sizes import Size
 
 FORMAT_VERSION = 3
@@ -258,8 +256,9 @@ def to_json(plan: Any) -> Any:
     """A plan (or any of its parts) as JSON data."""
     if isinstance(plan, sizes.Op):
         return sizes.to_json(plan)
-    if dataclasses.is_dataclass(plan):
-        return {item.name: to_json(getattr(plan, item.name)) for item in dataclasses.fields(plan)}
+    fields = fields_of(type(plan))
+    if fields is not None:
+        return {name: to_json(getattr(plan, name)) for name in fields}
     if isinstance(plan, list | tuple):
         return [to_json(part) for part in plan]
     if isinstance(plan, dict):

@@ -6,13 +6,13 @@ The inverse of writing a dataclass as a dictionary of its fields. Understood are
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from . import sizes
+from .records import fields_of
 
 Reader = Callable[[Any], Any]
 
@@ -63,8 +63,8 @@ def _reader(kind: Any) -> Reader:
         element, ellipsis = typing.get_args(kind)
         assert ellipsis is ..., kind
         return _sequence(_reader(element), element if element in _EXACT else None)
-    if dataclasses.is_dataclass(kind):
-        return _object(typing.cast(type, kind))
+    if fields_of(kind) is not None:
+        return _object(kind)
     raise TypeError(f"no reader for {kind!r}")
 
 
@@ -116,17 +116,17 @@ def _object(kind: type) -> Reader:
     hints: dict[str, Any] = kind.__annotations__
     if any(isinstance(hint, str) for hint in hints.values()):  # each is compiled, which takes a while
         hints = typing.get_type_hints(kind)
-    fields = dataclasses.fields(kind)
-    names = {field.name for field in fields}
-    later = {field.name for field in fields if field.metadata.get(ADDED_LATER)}
-    kinds = [(field.name, hints[field.name]) for field in fields]
+    fields = fields_of(kind) or {}
+    names = fields.keys()
+    later = {name for name, field in fields.items() if field.metadata.get(ADDED_LATER)}
+    kinds = [(name, hints[name]) for name in fields]
     readers = [(name, hint in _EXACT, hint, _reader(hint)) for name, hint in kinds]
 
     def read_object(data: Any) -> Any:
         if not isinstance(data, dict):
             raise FieldError(f"expected an object, got {_brief(data)}")
         if data.keys() != names:
-            missing = [field.name for field in fields if field.name not in data and field.name not in later]
+            missing = [name for name in fields if name not in data and name not in later]
             unknown = [name for name in data if name not in names]
             if missing or unknown:
                 raise FieldError(f"missing field {missing[0]!r}" if missing else f"unknown field {_brief(unknown[0])}")

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tilewright.runtime import digests, memory, sizes
-from tilewright.runtime.records import frozen
+from tilewright.runtime.records import field, frozen
 
 
 @frozen
@@ -20,7 +20,7 @@ class Point:
 
     x: int
     y: int = 2
-    tags: tuple[str, ...] = dataclasses.field(default_factory=tuple)
+    tags: tuple[str, ...] = field(default_factory=tuple)
 
 
 @dataclasses.dataclass(frozen=True)

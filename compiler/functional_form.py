@@ -4,9 +4,10 @@ Before:  y = aten.flatten.using_ints(x, 1); z = aten.linear(y, w)
 After:   y = aten.view(x, [n, 64]);         z = aten.linear(y, w)
 
 An operator that composes others and may return its operand's memory is replaced by what PyTorch makes of it, run on the
-operands' fake values. All other nodes stay as the exporter left them, so the program is not traced a second time, which
-takes longer than the export. A program that writes into tensors, or that holds graphs within graphs, is not for this:
-what is written where follows from tracing all of it.
+operands' fake values, and one that writes into a tensor of which nothing else has the memory by its plain form. All
+other nodes stay as the exporter left them, so the program is not traced a second time, which takes longer than the
+export. A program that writes into views or states, or that holds graphs within graphs, is not for this: what is written
+where follows from tracing all of it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.functions import FloorDiv
+
+from ..passes.graph.edit import value_of
 
 aten = torch.ops.aten
 
@@ -91,11 +94,16 @@ class _Rewrite:
                 raise NeedsTracing(f"{node.name} takes all results of {operand.name}")
         if isinstance(node.target, torch._ops.OpOverload):
             if node.target._schema.is_mutable:
-                raise NeedsTracing(f"{node.name} writes into a tensor")
+                return self._out_of_place(node)
             if _composite(node.target) and not self.kept(node.target):
                 return self._taken_apart(node)
         if isinstance(value := node.meta.get("val"), torch.SymInt) and value.node.expr in self.sizes:
             return self.sizes[value.node.expr]
+        if node.target is aten.lift_fresh_copy.default:
+            operands = fx.map_arg(node.args, self.new.__getitem__)
+            new = self.graph.create_node("call_function", aten.clone.default, operands, name="clone")
+            new.meta = dict(node.meta)
+            return new
         new = self.graph.node_copy(node, self.new.__getitem__)
         if node.op == "placeholder":
             new.name = node.name  # the signature's, also where it is no name for a variable, such as input
@@ -116,6 +124,31 @@ class _Rewrite:
         if isinstance(result, tuple | list):
             return [recorder.node_of(item) for item in result]
         return recorder.node_of(result)
+
+    def _out_of_place(self, node: fx.Node) -> fx.Node:
+        """What an operator leaves in its first operand as a value of its own, where no other tensor has that memory."""
+        target, written = node.target, node.args[0]
+        assert isinstance(target, torch._ops.OpOverload) and isinstance(written, fx.Node)
+        names = _names(written)
+        if not _writes_first(node) or not _is_new(names[0]) or not all(map(_is_only_read, names)):
+            raise NeedsTracing(f"{node.name} writes into a tensor")
+        if target is aten.detach_.default:
+            return self.new[written]
+        name = target._opname.removesuffix("_")
+        packet = getattr(getattr(torch.ops, target.namespace), name, None)
+        plain = getattr(packet, target._overloadname, None)
+        if plain is None or plain._schema.is_mutable or (_composite(plain) and not self.kept(plain)):
+            raise NeedsTracing(f"{node.name} writes into a tensor")
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.new.__getitem__)
+        value = node.meta["val"]
+        with value.fake_mode, enable_python_dispatcher(), torch.no_grad():
+            made = plain(*value_of(args), **value_of(kwargs))
+        if (made.dtype, tuple(made.shape)) != (value.dtype, tuple(value.shape)):
+            raise NeedsTracing(f"{node.name} converts what it writes")
+        new = self.graph.create_node("call_function", plain, args, kwargs, name=name)
+        new.meta = {**node.meta, "val": made}
+        self.new.update(dict.fromkeys((one for one in names if one in self.new), new))
+        return new
 
     def _know_size(self, node: fx.Node) -> None:
         value = node.meta.get("val")
@@ -232,4 +265,49 @@ class _Recorder(TorchDispatchMode):
 def _composite(target: torch._ops.OpOverload) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd") or (
         torch._C.DispatchKey.CompositeImplicitAutograd in target.py_kernels
+    )
+
+
+def _writes_first(node: fx.Node) -> bool:
+    """Whether an operator writes into its first operand, into nothing else, and returns it."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._opname.endswith("_"):
+        return False
+    writes = [item.name for item in node.target._schema.arguments if item.alias_info and item.alias_info.is_write]
+    return writes == [node.target._schema.arguments[0].name] and isinstance(node.args[0], fx.Node)
+
+
+def _is_new(node: fx.Node) -> bool:
+    """Whether a node's tensor has memory that it shares with no operand."""
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and not _may_alias(node.target)
+        and len(node.target._schema.returns) == 1
+    )
+
+
+def _names(node: fx.Node) -> list[fx.Node]:
+    """The nodes that stand for one tensor by writing into it, in order: what made it is the first."""
+    while _writes_first(node):
+        node = node.args[0]  # type: ignore[assignment]
+    names = [node]
+    for name in names:
+        names += [user for user in name.users if _writes_first(user) and user.args[0] is name]
+    return names
+
+
+def _is_only_read(node: fx.Node) -> bool:
+    """Whether no user of a tensor gives it another name, besides the operators that write into it."""
+    return all(
+        user.op == "output"
+        or _writes_first(user)
+        or (isinstance(user.target, torch._ops.OpOverload) and not _may_alias(user.target))
+        for user in node.users
+    )
+
+
+def _may_alias(target: torch._ops.OpOverload) -> bool:
+    """Whether a result may have an operand's memory."""
+    schema = target._schema
+    return any(item.alias_info is not None for item in (*schema.arguments, *schema.returns)) or (
+        torch.Tag.maybe_aliasing_or_mutating in target.tags
     )

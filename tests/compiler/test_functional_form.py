@@ -39,26 +39,45 @@ def composite():
     return exported(Composite(), torch.randn(5, 4, 8), torch.randn(1, 1, 8), shapes=shapes)
 
 
+class InPlace(nn.Module):
+    """Writes into what nothing else has the memory of, before it is used and after."""
+
+    def forward(self, x):
+        y = x * 2
+        z = y.sin()
+        y.add_(z).relu_()
+        return y * torch.tensor([1.5, 2.5]), z.mul_(y), y
+
+
+def calls(program):
+    """The operators of a program in order and the shapes of their results, without sizes and assertions."""
+    left_out = torch.ops.aten.sym_size.int, torch.ops.aten._assert_tensor_metadata.default
+    return [
+        (str(node.target), *(str(tuple(item.shape)) for item in torch.utils._pytree.tree_leaves(node.meta["val"])))
+        for node in program.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and node.target not in left_out
+    ]
+
+
 @torch.no_grad()
 def test_as_by_tracing():
     program = composite()
     got, want = rewritten(program, decompositions._is_preservable_cia_op), program.run_decompositions({})
-
-    def calls(one):
-        found = [node for node in one.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-        left_out = torch.ops.aten.sym_size.int, torch.ops.aten._assert_tensor_metadata.default
-        return [
-            (str(node.target), *(str(tuple(item.shape)) for item in torch.utils._pytree.tree_leaves(node.meta["val"])))
-            for node in found
-            if node.target not in left_out
-        ]
-
     assert calls(got) == calls(want)
     assert {"aten.linear.default", "aten.view.default", "aten._to_copy.default"} <= {name for name, *_ in calls(got)}
     assert str(got.graph_signature.input_specs) == str(want.graph_signature.input_specs)
     inputs = torch.randn(3, 9, 8), torch.randn(1, 1, 8)
     for key, tensor in got.module()(*inputs).items():
         torch.testing.assert_close(tensor, want.module()(*inputs)[key], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_writes_that_nothing_else_sees_are_values():
+    program = exported(InPlace(), torch.randn(3, 2))
+    got, want = rewritten(program, decompositions._is_preservable_cia_op), program.run_decompositions({})
+    assert calls(got) == calls(want)
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(got.module()(x), InPlace()(x), rtol=0, atol=0)
 
 
 def test_leaves_the_program_as_it_is():
@@ -73,6 +92,30 @@ class Writes(nn.Module):
         y = x * 2
         y[0].add_(1)
         return y
+
+
+class Widens(nn.Module):
+    def forward(self, x):
+        y = x.half().clone()
+        return y.add_(x), x.add(0).transpose(0, 1).mul_(2)
+
+
+class Seen(nn.Module):
+    def forward(self, x):
+        y = x * 2
+        z = F.dropout(y, 0.5, self.training)
+        y.add_(1)
+        return z
+
+
+class Chained(nn.Module):
+    """A view of what another write returned sees the second write."""
+
+    def forward(self, x):
+        y = x * 2
+        row = y.add_(1)[0]
+        y.mul_(3)
+        return row.relu()
 
 
 class Counts(nn.Module):
@@ -93,7 +136,14 @@ class Within(nn.Module):
 
 @pytest.mark.parametrize(
     ("module", "reason"),
-    [(Writes(), "add_ writes into a tensor"), (Counts(), "add_ writes into a tensor"), (Within(), "holds a graph")],
+    [
+        (Writes(), "add_ writes into a tensor"),
+        (Counts(), "add_ writes into a tensor"),
+        (Widens(), "add_ converts"),
+        (Seen(), "add_ writes"),
+        (Chained(), "add_ writes"),
+        (Within(), "holds a graph"),
+    ],
 )
 @torch.no_grad()
 def test_says_what_needs_tracing(module, reason):

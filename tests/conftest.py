@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ SANITIZED = bool(os.environ.get("TILEWRIGHT_TEST_SANITIZE"))
 """Whether this is ``make sanitize``: tests that are marked for it, with kernels that check addresses and arithmetic."""
 
 torch.set_num_threads(1)  # the workers share two cores
+gc.set_threshold(50_000, 20, 20)  # graphs are many objects that live together: looking for cycles finds them alive
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

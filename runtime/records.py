@@ -38,7 +38,6 @@ def frozen(cls: type[T]) -> type[T]:
 
     Equal are objects of one class with equal fields. Defaults and :func:`field` mean what they do for dataclasses.
     """
-    made: Any = cls
     fields: dict[str, Field] = {}
     for name in cls.__annotations__:
         value = cls.__dict__.get(name, MISSING)
@@ -47,11 +46,14 @@ def frozen(cls: type[T]) -> type[T]:
             setattr(cls, name, item.default)
         elif value is not MISSING:
             delattr(cls, name)
-    made.__record_fields__ = fields
-    made.__match_args__ = tuple(fields)
-    made.__dataclass_fields__ = _DataclassFields(cls)
-    for method in (__init__, __repr__, __eq__, __hash__, __setattr__, __delattr__):
-        setattr(made, method.__name__, method)
+    given: dict[str, Any] = {
+        "__record_fields__": fields,
+        "__match_args__": tuple(fields),
+        "__dataclass_fields__": _DataclassFields(cls),
+    }
+    given |= {method.__name__: method for method in (__init__, __repr__, __eq__, __hash__, __setattr__, __delattr__)}
+    for name, value in given.items():
+        setattr(cls, name, value)
     return cls
 
 
@@ -76,7 +78,7 @@ class _DataclassFields:
             given = {key: value for key, value in given.items() if value is not MISSING}
             specifier: Any = dataclasses.field(**given, metadata=item.metadata)
             items.append((name, kind.__annotations__[name], specifier))
-        made = dataclasses.make_dataclass(kind.__name__, items, init=False, repr=False, eq=False)
+        made: Any = dataclasses.make_dataclass(kind.__name__, items, init=False, repr=False, eq=False)
         kind.__dataclass_fields__ = made.__dataclass_fields__
         return kind.__dataclass_fields__
 

@@ -131,8 +131,9 @@ def start_once(system: str, folder: str, threads: str, precision: str) -> None:
         load_arrays(Path(folder) / INPUTS)
         print(time.monotonic(), peak_bytes())
         return
-    call = call_with_buffers(Path(folder), int(threads)) if system == BUFFERS else None
-    if call is None:
+    if system == BUFFERS:
+        call = call_with_buffers(Path(folder), int(threads))
+    else:
         runner = Runner(system, folder, int(threads), precision)
         call = partial(runner.call, runner.inputs)
     call()

@@ -126,13 +126,9 @@ def run_blas(case: Case, call: Callable[[], object], threads: int) -> float:
 
 def blas_name() -> str:
     """The library that numpy multiplies with, and the processors that its kernels are for: ``openblas 0.3.31, Zen``."""
-    found = [f"{one['internal_api']} {one['version']}, {one.get('architecture')}" for one in blas_libraries()]
-    return "; ".join(found) or "an unknown library"
-
-
-def blas_libraries() -> list[dict[str, str]]:
-    """What threadpoolctl knows of the libraries for linear algebra in this process."""
-    return [one for one in threadpool_info() if one["user_api"] == "blas"]
+    found = [one for one in threadpool_info() if one["user_api"] == "blas"]
+    names = [f"{one['internal_api']} {one['version']}, {one.get('architecture')}" for one in found]
+    return "; ".join(names) or "an unknown library"
 
 
 def repeats_for(case: Case | Attention | Paged | Quantized, threads: int) -> int:

@@ -2,9 +2,9 @@
 
 That is ``ExportedProgram.run_decompositions({})``, which traces the program again, twice, and before prepares every
 composite operator that PyTorch knows, about a thousand, to be kept: most of the time that capturing a model takes.
-Most programs need no tracing (``functional_form.py``), and of others only the operators that a
-program holds need the preparation. PyTorch has no public way to say so; where the parts that are used here are not as
-they were, its public function does the same, slower.
+Most programs need no tracing (``functional_form.py``), and of others only the operators that a program holds need the
+preparation. PyTorch has no public way to say so; where the parts that are used here are not as they were, its public
+function does the same, slower.
 """
 
 from __future__ import annotations

@@ -9,11 +9,9 @@ import numpy as np
 from .buffers import input_view, output_view, view_of
 from .dtypes import numpy_dtype
 from .errors import InputError, ShapeError
-from .memory import aligned_bytes
+from .memory import ALIGN_FROM, aligned_bytes
 from .plan import Port
 from .ports import describe
-
-_ALIGN_FROM = 4096  # bytes; below this a vector that straddles two cache lines costs less than aligning
 
 
 def describe_array(array: np.ndarray) -> str:
@@ -23,7 +21,7 @@ def describe_array(array: np.ndarray) -> str:
 
 def new_output(shape: tuple[int, ...], dtype: np.dtype[Any], count: int) -> np.ndarray:
     """An uninitialised array of ``count`` bytes for the caller to keep; large ones begin at a multiple of 64."""
-    if count < _ALIGN_FROM:
+    if count < ALIGN_FROM:
         return np.empty(shape, dtype)
     return np.ndarray(shape, dtype, aligned_bytes(count))
 

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from .errors import ShapeError
-from .memory import PyBuffer, address, aligned_bytes, uninitialised
+from .memory import ALIGN_FROM, PyBuffer, address, aligned_bytes, uninitialised
 from .plan import Port
 from .plan_check import ITEM_BYTES, nbytes
 from .ports import describe
@@ -31,8 +31,6 @@ _ACCEPTED = FORMATS | {"float16": "He", "int64": "qln", "int32": "il"}
 
 _NATIVE = ("", "@", "=", "<" if sys.byteorder == "little" else ">")
 _RAW = ("B", "b", "c", *(f"{order}c" for order in "@=<>"))
-
-_ALIGN_FROM = 4096  # bytes; below this a vector that straddles two cache lines costs less than aligning
 
 
 def view_of(value: Any, port: Port) -> memoryview | None:
@@ -91,7 +89,7 @@ def output_view(view: memoryview, port: Port, shape: tuple[int, ...]) -> memoryv
 
 def new_view(shape: tuple[int, ...], dtype: str, count: int) -> memoryview:
     """An uninitialised view of ``count`` bytes for the caller to keep; large ones begin at a multiple of 64."""
-    flat = memoryview(uninitialised(count)) if count < _ALIGN_FROM else aligned_bytes(count)
+    flat = memoryview(uninitialised(count)) if count < ALIGN_FROM else aligned_bytes(count)
     return _reshaped(flat, dtype, shape)
 
 

@@ -12,6 +12,7 @@ from ctypes import c_char_p, c_int, c_size_t, c_ssize_t, c_void_p
 from typing import Any
 
 ALIGNMENT = 64
+ALIGN_FROM = 4096  # bytes of a result; below this a vector that straddles two cache lines costs less than aligning
 
 _HUGE_PAGE = 2 << 20
 _HUGE_FROM = 1 << 20  # bytes; scratch memory below this takes fewer page faults than a huge page is worth

@@ -85,10 +85,13 @@ static inline void tw_prefetch_q(const uint8_t *from, tw_ahead ahead) {
     }
 }
 
-/* Tile t of `tiles`. The first one also takes the line before, which may be a header. */
+/* Share t of `shares` in so many lines. The first one also takes the line before, which may be a header. */
+static inline tw_ahead tw_share_ahead(int64_t bytes, int64_t lines, int64_t t, int64_t shares) {
+    return (tw_ahead){bytes, t == 0 ? -1 : lines * t / shares, lines * (t + 1) / shares};
+}
+/* Tile t of `tiles`. */
 static inline tw_ahead tw_ahead_of(int64_t t, int64_t tiles, int64_t step_bytes) {
-    const int64_t lines = step_bytes / TW_HALVES / 64;
-    return (tw_ahead){TW_AHEAD_Q, t == 0 ? -1 : lines * t / tiles, lines * (t + 1) / tiles};
+    return tw_share_ahead(TW_AHEAD_Q, step_bytes / TW_HALVES / 64, t, tiles);
 }
 
 /* Sums of row r: two vectors side by side. The barrier keeps compilers from adding products to each other first, which

@@ -20,7 +20,7 @@
 #include "tw_quantized_products.h"
 
 #define TW_SIGNED_CHUNK 8 /* steps */
-#define TW_SIGNED_MANY 8   /* rows for which it is worth to look at a chunk first */
+#define TW_SIGNED_MANY 8  /* rows for which it is worth to look at a chunk first */
 
 /* Products of two terms each of a word with 8 columns at `at`. */
 static inline __m256i tw_signed_word(__m256i sizes, __m256i signs, const uint8_t *at) {
@@ -30,8 +30,23 @@ static inline __m256i tw_signed_sum(__m256i sum, __m256i products) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
 }
 
-/* A step's products with 32 columns; sums a and b are of the first half, c and d of the second. The barriers keep compilers
- * from adding products of several words to each other first, which takes more registers than there are. */
+/* Sums a and b are of the first 16 columns of a panel, c and d of the others. */
+#define TW_SIGNED_RESUME(totals) \
+    __m256i *const to = (__m256i *)(totals); \
+    __m256i a = _mm256_loadu_si256(to), b = _mm256_loadu_si256(to + 1); \
+    __m256i c = _mm256_loadu_si256(to + 2), d = _mm256_loadu_si256(to + 3);
+#define TW_SIGNED_LEAVE \
+    _mm256_storeu_si256(to, a), _mm256_storeu_si256(to + 1, b); \
+    _mm256_storeu_si256(to + 2, c), _mm256_storeu_si256(to + 3, d);
+/* A step's sums to the floats of 32 columns. */
+#define TW_ADD_COLUMNS_Q(add) \
+    add(a, header, zeros, scale, less, 0, sums); \
+    add(b, header, zeros, scale, less, 8, sums); \
+    add(c, header, zeros, scale, less, 16, sums); \
+    add(d, header, zeros, scale, less, 24, sums);
+
+/* A step's products with 32 columns. The barriers keep compilers from adding products of several words to each other first,
+ * which takes more registers than there are. */
 #define TW_SIGNED_STEP(codes, step, ahead) \
     tw_prefetch_q(step, ahead); \
     for (int64_t word = 0; word < 8; word++) { \
@@ -66,14 +81,11 @@ static inline __m256i tw_signed_sum(__m256i sum, __m256i products) {
 #define TW_DEFINE_SIGNED(NAME, STEP) \
     static __attribute__((noinline)) void NAME( \
         const int8_t *codes, const uint8_t *step, int64_t steps, tw_ahead ahead, int32_t *totals) { \
-        __m256i *const to = (__m256i *)totals; \
-        __m256i a = _mm256_loadu_si256(to), b = _mm256_loadu_si256(to + 1); \
-        __m256i c = _mm256_loadu_si256(to + 2), d = _mm256_loadu_si256(to + 3); \
+        TW_SIGNED_RESUME(totals) \
         for (int64_t s = 0; s < steps; s++, step += TW_STEP_BYTES(int8), codes += TW_STEP_K * TW_CODE_BYTES_int8) { \
             STEP(codes, step, ahead) \
         } \
-        _mm256_storeu_si256(to, a), _mm256_storeu_si256(to + 1, b); \
-        _mm256_storeu_si256(to + 2, c), _mm256_storeu_si256(to + 3, d); \
+        TW_SIGNED_LEAVE \
     }
 TW_DEFINE_SIGNED(tw_signed_whole, TW_SIGNED_STEP)
 TW_DEFINE_SIGNED(tw_signed_whole_of_pairs, TW_SIGNED_STEP_OF_PAIRS)
@@ -157,21 +169,15 @@ static __attribute__((noinline)) void tw_signed_groups(
             __m256i a = _mm256_set1_epi32(*row_sums >> 16), b = a, c = a, d = a;
             const float scale = *row_scales, less = (float)(int16_t)*row_sums;
             TW_SIGNED_STEP(codes, step, ahead)
-            tw_signed_add(a, header, zeros, scale, less, 0, sums);
-            tw_signed_add(b, header, zeros, scale, less, 8, sums);
-            tw_signed_add(c, header, zeros, scale, less, 16, sums);
-            tw_signed_add(d, header, zeros, scale, less, 24, sums);
+            TW_ADD_COLUMNS_Q(tw_signed_add)
             codes += TW_STEP_K * TW_CODE_BYTES_int8, row_scales++, row_sums++;
         }
     }
 }
 
-/* What row `row` of several fetches: its share of the next chunk. The first one also takes the line before, which may be a
- * header. */
+/* What row `row` of several fetches: its share of the next chunk. */
 static inline tw_ahead tw_signed_ahead(int64_t row, int64_t rows) {
-    const int64_t lines = TW_STEP_BYTES(int8) / 64;
-    return (tw_ahead){
-        TW_SIGNED_CHUNK * TW_STEP_BYTES(int8), row == 0 ? -1 : lines * row / rows, lines * (row + 1) / rows};
+    return tw_share_ahead(TW_SIGNED_CHUNK * TW_STEP_BYTES(int8), TW_STEP_BYTES(int8) / 64, row, rows);
 }
 
 /* sums[rows][32] += the products with a panel. */

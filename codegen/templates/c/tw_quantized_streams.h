@@ -13,8 +13,7 @@
 #if TW_LANES == 8
 #define TW_STREAMS_Q 4 /* panels that are read at once */
 
-/* A word of 8 terms with 8 columns at `at`. The barriers keep compilers from adding products of several words to each other
- * first, which takes more registers than there are. */
+/* A word of 8 terms with 8 columns at `at`. */
 #define TW_STREAM_WORD_int4(sum, at) \
     { \
         const tw_q w = TW_LOAD_Q(at); \
@@ -58,10 +57,7 @@ static inline void tw_stream_int4(
     const float less = (float)row_sum;
     TW_STREAM_HALF_int4(a, b, step)
     TW_STREAM_HALF_int4(c, d, step + TW_HALF_int4)
-    tw_stream_add_int4(a, header, zeros, scale, less, 0, sums);
-    tw_stream_add_int4(b, header, zeros, scale, less, 8, sums);
-    tw_stream_add_int4(c, header, zeros, scale, less, 16, sums);
-    tw_stream_add_int4(d, header, zeros, scale, less, 24, sums);
+    TW_ADD_COLUMNS_Q(tw_stream_add_int4)
 }
 static inline void tw_stream_int8(
     const int8_t *codes, float scale, int32_t row_sum, const uint8_t *header, const uint8_t *step, int zeros, float *sums) {
@@ -69,10 +65,7 @@ static inline void tw_stream_int8(
     const float less = (float)(int16_t)row_sum;
     TW_STREAM_HALF_int8(a, b, step)
     TW_STREAM_HALF_int8(c, d, step + TW_HALF_int8)
-    tw_signed_add(a, header, zeros, scale, less, 0, sums);
-    tw_signed_add(b, header, zeros, scale, less, 8, sums);
-    tw_signed_add(c, header, zeros, scale, less, 16, sums);
-    tw_signed_add(d, header, zeros, scale, less, 24, sums);
+    TW_ADD_COLUMNS_Q(tw_signed_add)
 }
 
 /* sums[panels][32] += the products of a row with some panels, `apart` bytes apart. */
@@ -99,13 +92,10 @@ static inline void tw_streams_whole_int8(
         const int8_t *const codes = x->codes + s * TW_STEP_K * TW_CODE_BYTES_int8;
         for (int64_t i = 0; i < panels; i++) {
             const uint8_t *const step = first + i * apart + TW_HEADER_BYTES(int8, 0) + s * TW_STEP_BYTES(int8);
-            __m256i *const to = (__m256i *)(totals + i * TW_PANEL);
-            __m256i a = _mm256_loadu_si256(to), b = _mm256_loadu_si256(to + 1);
-            __m256i c = _mm256_loadu_si256(to + 2), d = _mm256_loadu_si256(to + 3);
+            TW_SIGNED_RESUME(totals + i * TW_PANEL)
             TW_STREAM_HALF_int8(a, b, step)
             TW_STREAM_HALF_int8(c, d, step + TW_HALF_int8)
-            _mm256_storeu_si256(to, a), _mm256_storeu_si256(to + 1, b);
-            _mm256_storeu_si256(to + 2, c), _mm256_storeu_si256(to + 3, d);
+            TW_SIGNED_LEAVE
         }
     }
 }

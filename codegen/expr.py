@@ -71,14 +71,15 @@ class Scalar(Expr):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Dynamic(Expr):
-    """An index loaded at run time: ``source`` wrapped from below by ``bound`` and checked against it.
+    """An index loaded at run time: ``source`` checked against ``bound``.
 
-    Index expressions refer to it by ``name``.
+    A negative one counts from the end if it ``wraps``, else it is outside. Index expressions refer to it by ``name``.
     """
 
     name: str
     source: Expr
     bound: Size
+    wraps: bool
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -155,15 +156,17 @@ class Builder:
         """A value that the template provides."""
         return self._intern(("scalar", name, dtype), lambda: Scalar(dtype, name))
 
-    def dynamic(self, source: Expr, bound: Size) -> Size:
+    def dynamic(self, source: Expr, bound: Size, wraps: bool) -> Size:
         """An index loaded at run time, for use in index expressions."""
         if isinstance(source, Const):
             value = int(source.value)
-            return value if value >= 0 else sizes.add(bound, value)
+            known: Size = sizes.add(bound, value) if value < 0 and wraps else value
+            if not isinstance(known, int) or (known >= 0 and (not isinstance(bound, int) or known < bound)):
+                return known  # else it is outside, which the kernel is to say
         if isinstance(source, Index) and isinstance(source.value, str | int):
             return source.value
         name = f"g{len(self.dynamics)}"
-        node = self._intern(("dynamic", source, bound), lambda: Dynamic("int64", name, source, bound))
+        node = self._intern(("dynamic", source, bound, wraps), lambda: Dynamic("int64", name, source, bound, wraps))
         self.dynamics[node.name] = node
         return node.name
 
@@ -273,7 +276,7 @@ class Builder:
             loops = tuple((name, change(extent)) for name, extent in expr.loops)
             result = self.reduce(expr.op, loops, self.rewrite(expr.body, inner, None, rebound), expr.dtype)
         elif isinstance(expr, Dynamic):
-            name = self.dynamic(again(expr.source), change(expr.bound))
+            name = self.dynamic(again(expr.source), change(expr.bound), expr.wraps)
             result = self.dynamics[name] if isinstance(name, str) and name in self.dynamics else self.index(name)
         else:
             result = expr

@@ -12,6 +12,8 @@ from torch import fx
 from ..passes.graph.program import Program
 from ..passes.graph.query import SMALL
 from ..passes.graph.regions import body, is_region
+from ..passes.graph.scale_search import CannotQuantize
+from ..runtime.errors import CompileError
 from ..runtime.sizes import Size
 from .values import dtype_name
 
@@ -138,8 +140,14 @@ def recipe_of(program: Program, node: fx.Node) -> Recipe:
     identity = (text, tuple(operand.identity for operand in operands), own)
 
     def load() -> torch.Tensor:
-        with torch.no_grad():
-            return module(*(operand.load() for operand in operands))
+        try:
+            with torch.no_grad():
+                return module(*(operand.load() for operand in operands))
+        except CannotQuantize as error:
+            raise CompileError(
+                f"the weight {', '.join(sources)} cannot be quantized as asked: {error}; mend it, ask for int8 instead "
+                f'of 4 bits, or leave it as it is with a recipe file that begins with {{"{sources[0]}": "none", ...}}'
+            ) from error
 
     return Recipe(identity, sources, label, dtype_name(value.dtype), tuple(int(extent) for extent in value.shape), load)
 

@@ -75,9 +75,9 @@ class Kernel:
             name += "r"
         return self.variable(name, extent)
 
-    def dynamic(self, source: Expr, bound: Size) -> Size:
-        """An index loaded at run time: wrapped from below by ``bound``, and a fault when outside."""
-        index = self.builder.dynamic(source, bound)
+    def dynamic(self, source: Expr, bound: Size, *, wraps: bool = False) -> Size:
+        """An index loaded at run time, a fault when outside of ``bound``; if it ``wraps``, -1 is the last element."""
+        index = self.builder.dynamic(source, bound, wraps)
         if isinstance(index, str) and index in self.builder.dynamics:
             self.variable(index, bound)
         return index

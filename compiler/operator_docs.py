@@ -25,7 +25,11 @@ _ROLES = {
         "and writes into a fixed part of a tensor, count here.",
     ),
     "view": ("Views", "Each element of the result is one element of an operand or a constant: they cost nothing."),
-    "gather": ("Gathers", "Indices are data, checked at run time, or follow from a resampling grid."),
+    "gather": (
+        "Gathers",
+        "Indices are data, checked at run time, or follow from a resampling grid. Negative ones count from the end "
+        "with `index` and `take_along_dim`; `embedding`, `gather` and `index_select` refuse them, as PyTorch does.",
+    ),
     "reduction": ("Reductions", "They consume whole axes; softmax and the norms keep a row between their stages."),
     "window": ("Windows", "Pooling: overlapping neighbourhoods."),
     "matmul": (

@@ -193,7 +193,8 @@ class Scope:
                 text = f"{self.value(expr.mask)} ? {text} : {dialect.literal(expr.other, expr.dtype)}"
             return text
         if isinstance(expr, Dynamic):
-            return f"tw_index({self.value(expr.source)}, {self.size(expr.bound)}, fault)"
+            check = "tw_index" if expr.wraps else "tw_row_index"
+            return f"{check}({self.value(expr.source)}, {self.size(expr.bound)}, fault)"
         assert isinstance(expr, Call)
         return dialect.call(
             expr.op, expr.dtype, [arg.dtype for arg in expr.args], [self.value(arg) for arg in expr.args]

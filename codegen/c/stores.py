@@ -68,4 +68,4 @@ def _is_narrow(stored: Stored, variable: str) -> bool:
 
 def simd(scope: Scope) -> str:
     """The vector pragma, unless the loop holds a run-time index check (a fault is an atomic store)."""
-    return "" if any("tw_index(" in line for line in scope.lines) else SIMD
+    return "" if any(check in line for line in scope.lines for check in ("tw_index(", "tw_row_index(")) else SIMD

@@ -40,13 +40,27 @@ def _index_select(region: Region, node: fx.Node, a: Value, dim: int, ids: Value)
     return Value(region.shape(node), a.dtype, at)
 
 
-@lowers(*overloads("gather", "take_along_dim"), role="gather")
+@lowers(*overloads("gather"), role="gather")
 def _gather(region: Region, node: fx.Node, a: Value, dim: int, ids: Value, **kwargs: Any) -> Value:
+    return _along(region, node, a, dim, ids, wraps=False)
+
+
+@lowers(*overloads("take_along_dim"), role="gather")
+def _take_along_dim(region: Region, node: fx.Node, a: Value, ids: Value, dim: int | None = None) -> Value:
+    if dim is None:
+        raise CompileError("take_along_dim without an axis is not supported: flatten both operands and give axis 0")
+    shape = region.shape(node)
+    dim %= len(shape)
+    return _along(region, node, broadcast(a, (*shape[:dim], a.shape[dim], *shape[dim + 1 :])), dim,
+                  broadcast(ids, shape), wraps=True)  # fmt: skip
+
+
+def _along(region: Region, node: fx.Node, a: Value, dim: int, ids: Value, *, wraps: bool) -> Value:
     dim %= max(len(a.shape), 1)
 
     def at(index: tuple[Size, ...], mask: Mask) -> Expr:
         own = list(index)
-        own[dim] = region.kernel.dynamic(ids.at(index, mask), a.shape[dim])
+        own[dim] = region.kernel.dynamic(ids.at(index, mask), a.shape[dim], wraps=wraps)
         return a.at(own, mask)
 
     return Value(region.shape(node), a.dtype, at)
@@ -70,7 +84,10 @@ def _index(region: Region, node: fx.Node, a: Value, indices: Sequence[Value | No
         rest = iter((*index[:first], *index[first + rank :]))
         own: list[Size] = []
         for axis, extent in enumerate(a.shape):
-            own.append(region.kernel.dynamic(wide[axis].at(inner, mask), extent) if axis in wide else next(rest))
+            if axis in wide:
+                own.append(region.kernel.dynamic(wide[axis].at(inner, mask), extent, wraps=True))
+            else:
+                own.append(next(rest))
         return a.at(own, mask)
 
     return Value(shape, a.dtype, at)

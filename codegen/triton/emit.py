@@ -312,11 +312,13 @@ class Scope:
         return f"tl.load({text}, mask={mask}, other={other})"
 
     def _dynamic(self, expr: Dynamic) -> str:
-        """An index loaded at run time: from the end where negative, 0 and a fault where it is outside."""
+        """An index loaded at run time, 0 and a fault where it is outside; from the end where negative, if it wraps."""
         self._shared.uses_fault = True
         source, bound = self.value(expr.source), self.size(expr.bound)
         index = self._assign(("index", expr), f"tl.cast({source}, tl.int64)")
-        wrapped = self._assign(("wrapped", expr), f"tl.where({index} < 0, {index} + {bound}, {index})")
+        wrapped = index
+        if expr.wraps:
+            wrapped = self._assign(("wrapped", expr), f"tl.where({index} < 0, {index} + {bound}, {index})")
         inside = self._assign(("inside", expr), f"({wrapped} >= 0) & ({wrapped} < {bound})")
         mask = self._masks(self._needs(expr), f"({inside} == 0)")
         self.lines.append(f"tl.store(fault + {wrapped} * 0, 1, mask={mask})")

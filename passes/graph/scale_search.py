@@ -27,6 +27,10 @@ _REFINEMENTS = 2
 _LARGEST_FLOAT16 = 65504.0
 
 
+class CannotQuantize(ValueError):
+    """A weight has numbers for which its format has none."""
+
+
 def quantize_groups(weight: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zero points of groups.
 
@@ -41,13 +45,16 @@ def quantize_groups(weight: Tensor, bits: int, symmetric: bool, search: bool) ->
         the dtype of the codes, ``[groups]``, or None.
 
     Raises:
-        ValueError: a number is not finite, or too large for its scale to be a float16.
+        CannotQuantize: a number is not finite, or too large for its scale to be a float16.
     """
     low, high = torch.aminmax(weight, dim=0) if len(weight) else (weight.new_zeros(weight.shape[1]),) * 2
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise ValueError("the weight has numbers that are not finite; they cannot be quantized")
+        raise CannotQuantize("it has numbers that are not finite")
     low, high = low.clamp_max(0), high.clamp_min(0)
     fit = _fit_symmetric(low, high, bits) if symmetric else _fit(low, high, bits)
+    if bits == 4 and bool((fit > _LARGEST_FLOAT16).any()):
+        largest = float(torch.maximum(-low, high).max())
+        raise CannotQuantize(f"it has numbers up to {largest:.3g}, too large for a scale of 4 bits, which is a float16")
     scale, zero = _representable(fit, bits), None
     if not symmetric:
         zero = _zero(low, scale, bits)
@@ -71,14 +78,8 @@ def _fit(low: Tensor, high: Tensor, bits: int) -> Tensor:
 
 
 def _representable(scale: Tensor, bits: int) -> Tensor:
-    """The scale as it is stored."""
-    if bits != 4:
-        return scale
-    if bool((scale.abs() > _LARGEST_FLOAT16).any()):
-        raise ValueError(
-            f"the weight has numbers beyond what a float16 scale of 4 bits reaches, {scale.abs().max():.3g}"
-        )
-    return scale.half().float()
+    """The scale as it is stored, or the largest that can be."""
+    return scale.clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16).half().float() if bits == 4 else scale
 
 
 def _inverse(scale: Tensor) -> Tensor:

@@ -294,17 +294,21 @@ def test_doubles(call):
         )
 
 
-def test_index(native):
+@pytest.mark.parametrize(
+    ("check", "good", "found", "bad"),
+    [("tw_index", [0, 4, -1, -5], [0, 4, 4, 0], (5, -6)), ("tw_row_index", [0, 4, 1, 3], [0, 4, 1, 3], (5, -1, -6))],
+)
+def test_index(native, check, good, found, bad):
     text = '#include "tw_math.h"\n' + (
         "void k(void *const *buf, const int64_t *dim, int64_t begin, int64_t end, int32_t *fault) {"
         " const int64_t *x = buf[0]; int64_t *y = buf[1];"
-        " for (int64_t i = begin; i < end; i++) y[i] = tw_index(x[i], dim[0], fault); }"
+        f" for (int64_t i = begin; i < end; i++) y[i] = {check}(x[i], dim[0], fault); }}"
     )
     kernel = native.build(text, "k")
-    good, out = np.array([0, 4, -1, -5], np.int64), np.empty(4, np.int64)
-    assert kernel([good, out], [5], 4) == 0 and list(out) == [0, 4, 4, 0]
-    for bad in (5, -6, 2**63 - 1, -(2**63)):
-        assert kernel([np.array([bad]), out], [5], 1) == 1 and out[0] == 0
+    out = np.empty(4, np.int64)
+    assert kernel([np.array(good), out], [5], 4) == 0 and list(out) == found
+    for outside in (*bad, 2**63 - 1, -(2**63)):
+        assert kernel([np.array([outside]), out], [5], 1) == 1 and out[0] == 0
 
 
 @pytest.mark.parametrize("target", ["cpu:x86-64-v3", "cpu:x86-64-v4"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,18 +175,61 @@ def test_half_precision_inputs(compiled, assert_same):
     assert_same(compiled(Half(), (x, y), passes=False), Half(), (x, y), 1e-3)
 
 
+class Lookups(nn.Module):
+    """Three ways to take rows with which an index has to be in its table."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(10, 4)
+
+    def forward(self, rows, places, elements):
+        table = self.table.weight
+        return self.table(rows), table.index_select(0, places), table.gather(1, elements)
+
+
 @pytest.mark.sanitize
 def test_an_index_outside_its_table_is_reported_and_the_model_stays_usable(compiled, assert_same):
     from tilewright.runtime.errors import InputError
 
-    module = nn.Embedding(10, 4)
-    ids = torch.tensor([[1, 9, -1]])
-    model = compiled(module, (torch.tensor([[1, 9, 0]]),))
+    module, good = Lookups(), (torch.tensor([[1, 9, 3]]), torch.tensor([0, 9]), torch.tensor([[3, 0]]))
+    model = compiled(module, good)
+    for position, inputs in enumerate(good):
+        for outside in (-1, 10):
+            given = [tensor.clone().numpy() for tensor in good]
+            given[position].flat[inputs.numel() - 1] = outside
+            with pytest.raises(InputError, match="out of range"):
+                model(*given)
+    assert_same(model, module, good)
+
+
+class Wrapped(nn.Module):
+    """Two ways to take rows with which -1 is the last."""
+
+    def forward(self, x, rows, elements):
+        return x[rows], torch.take_along_dim(x, elements, 1)
+
+
+@pytest.mark.sanitize
+def test_indices_count_from_the_end_where_pytorch_lets_them(compiled, assert_same):
+    from tilewright.runtime.errors import InputError
+
+    inputs = (torch.randn(6, 4), torch.tensor([-6, 5, -1]), torch.tensor([[-1, 0, -4]]))
+    model = compiled(Wrapped(), inputs)
+    assert_same(model, Wrapped(), inputs)
+    for rows, elements in (([-7], [[0]]), ([0], [[-5]])):
+        with pytest.raises(InputError, match="out of range"):
+            model(inputs[0].numpy(), np.array(rows * 3), np.array(elements * 3).T.copy())
+
+
+def test_a_constant_index_outside_its_table_is_reported(compiled):
+    from tilewright.runtime.errors import InputError
+
+    class Constant(nn.Module):
+        def forward(self, x):
+            return x[torch.full((2,), 6)]
+
     with pytest.raises(InputError, match="out of range"):
-        model(torch.tensor([[1, 10, 0]]).numpy())
-    good = torch.tensor([[1, 9, 3]])
-    assert_same(model, module, (good,))
-    assert ids.shape == good.shape
+        compiled(Constant(), (torch.randn(5, 3),))(np.zeros((5, 3), np.float32))
 
 
 def test_registering_an_operator_twice_is_an_error():

@@ -11,7 +11,7 @@ import tilewright
 from tilewright.compiler.cli import cli
 from tilewright.compiler.options import CompileOptions
 from tilewright.passes.graph.quantized_ops import DEQUANTIZE, QUANTIZE_WEIGHT
-from tilewright.runtime.errors import UsageError
+from tilewright.runtime.errors import CompileError, UsageError
 
 
 class Model(nn.Module):
@@ -85,6 +85,15 @@ def test_options_that_do_not_fit():
         CompileOptions(activations="int8")
     assert CompileOptions(quantize="int8").recipe("cuda").of("x", "linear").activations == -1
     assert CompileOptions(quantize="int8").recipe("cpu").of("x", "linear").activations == 0
+
+
+def test_numbers_too_large_for_their_scale_name_the_weight(tmp_path):
+    net, output = Model().eval(), tmp_path / "model.tw"
+    with torch.no_grad():
+        net.up.weight[7, 3] = 1e6
+    with pytest.raises(CompileError, match=r'the weight up\.weight .* up to 1e\+06.* int8 .*"up\.weight": "none"'):
+        tilewright.compile(net, (torch.tensor([[1, 2, 3]]),), output=output, quantize="int4-g32", verify="off")
+    assert not output.exists()
 
 
 def test_an_embedding_and_a_head_that_share_their_rows(tmp_path):

@@ -420,15 +420,19 @@ TW_INTEGERS(int32_t, uint32_t, i32)
 TW_INTEGERS(int64_t, uint64_t, i64)
 #undef TW_INTEGERS
 
-/* A loaded index, counted from the end where negative. One outside [0, bound) sets *fault and gives 0, so that the
-   kernel stays inside its buffers; the caller throws the outputs of a run with a fault away. */
-static inline int64_t tw_index(int64_t index, int64_t bound, int32_t *fault) {
-    const int64_t at = index < 0 ? index + bound : index;
-    const int outside = (uint64_t)at >= (uint64_t)bound;
+/* A loaded index. One outside [0, bound) sets *fault and gives 0, so that the kernel stays inside its buffers; the
+   caller throws the outputs of a run with a fault away. */
+static inline int64_t tw_row_index(int64_t index, int64_t bound, int32_t *fault) {
+    const int outside = (uint64_t)index >= (uint64_t)bound;
     if (__builtin_expect(outside, 0)) {
         __atomic_store_n(fault, 1, __ATOMIC_RELAXED);
     }
-    return outside ? 0 : at;
+    return outside ? 0 : index;
+}
+
+/* The same, counted from the end where negative. */
+static inline int64_t tw_index(int64_t index, int64_t bound, int32_t *fault) {
+    return tw_row_index(index < 0 ? index + bound : index, bound, fault);
 }
 
 #endif

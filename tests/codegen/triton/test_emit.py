@@ -124,15 +124,15 @@ def test_masks_wider_than_the_offset_they_guard(interpret):
     np.testing.assert_array_equal(got, flags_in)
 
 
-@pytest.mark.parametrize("bad", [None, 7, -8])
-def test_run_time_indices(interpret, bad):
+@pytest.mark.parametrize(("wraps", "bad"), [(True, None), (True, 7), (True, -8), (False, None), (False, -1)])
+def test_run_time_indices(interpret, wraps, bad):
     table = np.arange(7, dtype=np.float32) * 10
-    ids = np.array([0, 6, -1, -7, 3], np.int64)
+    ids = np.array([0, 6, -1, -7, 3] if wraps else [0, 6, 1, 5, 3], np.int64)
     if bad is not None:
         ids[3] = bad
     kernel = Kernel({})
     kernel.variable("i0", ROWS)
-    index = kernel.dynamic(kernel.buffer("x0", (ROWS,), "int64").at(("i0",)), 7)
+    index = kernel.dynamic(kernel.buffer("x0", (ROWS,), "int64").at(("i0",)), 7, wraps=wraps)
     scope = Scope(kernel, {"i0": Var("x", ("XBLOCK",), "x_in")}, {"x0": "int64", "x1": "float32", "y0": "float32"})
     scope.store("y0", "i0", kernel.buffer("x1", (7,), "float32").at((index,)))
     assert scope.uses_fault

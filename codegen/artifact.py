@@ -29,6 +29,7 @@ from ..runtime.plan import FORMAT_VERSION, Plan, from_json, to_json
 
 LIBRARY = "model.so"
 TRITON_SOURCES = "kernels/triton"
+_BLOCK = 4 << 20  # bytes that are written at once: some huge pages
 Progress = Callable[[int, int], None]
 
 
@@ -262,13 +263,33 @@ def _write(folder: Path, path: str, parts: Iterable[bytes | memoryview]) -> File
     digest = hashlib.sha256()
     size = 0
     with open(place, "xb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-            size += len(part)
+        for block in _blocks(parts):
+            file.write(block)
+            digest.update(block)
+            size += len(block)
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(path, size, digest.hexdigest())
+
+
+def _blocks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """The same bytes in blocks that begin at multiples of 4 MB; each is gone when the next one is asked for.
+
+    The kernel keeps what is written at once in pages as large, up to huge ones, and whoever maps the file gets these.
+    """
+    block = memoryview(bytearray(_BLOCK))
+    filled = 0
+    for part in parts:
+        rest = memoryview(part)
+        while rest:
+            count = min(len(rest), _BLOCK - filled)
+            block[filled : filled + count] = rest[:count]
+            rest, filled = rest[count:], filled + count
+            if filled == _BLOCK:
+                yield block
+                filled = 0
+    if filled:
+        yield block[:filled]
 
 
 def _sync(folder: str | Path) -> None:

@@ -24,6 +24,7 @@ from .records import frozen
 
 _BLOCK = 1 << 20
 _MAX_MANIFEST = 1 << 28
+_HUGE_FROM = 64 << 20  # bytes of weights; fewer are read at once in small pages while the rest of the model loads
 
 
 @frozen
@@ -110,6 +111,9 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
 def map_weights(artifact: Artifact) -> memoryview:
     """The data section of the weight file, mapped read-only, as bytes.
 
+    Many weights are asked for in huge pages, as kernels that read them all meet the end of a small page every 4 KB;
+    where the file system has none, this changes nothing.
+
     Raises:
         ArtifactError: it cannot be mapped.
     """
@@ -118,7 +122,10 @@ def map_weights(artifact: Artifact) -> memoryview:
             mapping = mmap.mmap(file.fileno(), artifact.weights.size, prot=mmap.PROT_READ)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{artifact.weights_path}: cannot be mapped: {error}") from None
-    mapping.madvise(mmap.MADV_WILLNEED)
+    try:
+        mapping.madvise(mmap.MADV_HUGEPAGE if artifact.weights.size >= _HUGE_FROM else mmap.MADV_WILLNEED)
+    except OSError:  # a system without huge pages
+        mapping.madvise(mmap.MADV_WILLNEED)
     return memoryview(mapping)[len(artifact.weights.header) :]
 
 

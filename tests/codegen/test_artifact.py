@@ -84,6 +84,15 @@ def test_weights_are_aligned_and_other_tools_can_read_them(tmp_path):
     verify_integrity(output)
 
 
+def test_weights_of_several_blocks_are_written_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_BLOCK", 4096)
+    arrays = {f"a{size}": np.arange(size, dtype=np.float32) for size in (3, 5000, 1, 1024, 2048)}
+    artifact = verify_integrity(write(tmp_path / "m.tw", constants(arrays)))
+    with safe_open(artifact.weights_path, "np") as tensors:
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(tensors.get_tensor(key), array)
+
+
 def test_no_constants_at_all(tmp_path):
     artifact = verify_integrity(write(tmp_path / "m.tw", []))
     assert artifact.weights.tensors == {}

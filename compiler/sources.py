@@ -56,7 +56,10 @@ def load_source(source: Source, task: Task, cache: Callable[[torch.dtype], torch
 
             if generate or decoder.is_decoder(folder):
                 return decoder.open_checkpoint(folder, task, cache)
-        source = _from_text(str(source))
+            source = _from_text(str(source))
+            decoder.warn_of_other_decoder(folder)
+        else:
+            source = _from_text(str(source))
     elif not isinstance(source, ExportedProgram | Loaded):
         source = _from_module(source)
     if isinstance(source, Loaded) and source.entries:

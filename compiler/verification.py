@@ -12,6 +12,7 @@ it read (``kernel_verification.py``), and the passes with activations as they co
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -148,7 +149,20 @@ def expect(
 def _runs(model: Program, reference: Program) -> Iterable[tuple[Mapping[str, int], tuple[torch.Tensor, ...], Any]]:
     for sizes in assignments(reference):
         inputs = make_inputs(reference, sizes)
-        yield sizes, inputs, model.run(inputs)
+        results = model.run(inputs)
+        _warn_of_nothing(reference, results)
+        yield sizes, inputs, results
+
+
+def _warn_of_nothing(reference: Program, results: Sequence[Any]) -> None:
+    """Tell of outputs without a single finite number: whatever equals them proves nothing."""
+    for name, value in zip(names_of_outputs(reference), results, strict=False):
+        if isinstance(value, torch.Tensor) and value.numel() and not bool(value.isfinite().any()):
+            warnings.warn(
+                f"{reference.name}: {name} has no finite number in PyTorch, so comparing it says nothing; "
+                f"look at the model's weights and its sample inputs",
+                stacklevel=1,
+            )
 
 
 def _limited(results: Sequence[Any], program: Program, precision: str) -> list[tuple[torch.Tensor, float]]:

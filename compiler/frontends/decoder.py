@@ -6,7 +6,9 @@ keys and values; the manifest's ``generation`` section says all that a scheduler
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from ...models.decoder import Config, Decoder
 from ...passes.graph.cache_ops import BLOCK
 from ...runtime.errors import ArtifactError, SourceError, UsageError
+from ...runtime.generation.text import FileText
 from ..options import Entry, Task
 from . import Loaded
 from .decoder_families import FAMILIES, Family, Fields
@@ -36,6 +39,17 @@ _TOKENIZER = "tokenizer.json"
 def is_decoder(folder: Path) -> bool:
     """Whether a checkpoint folder is of a family that can be compiled to generate."""
     return read_config(folder)["architectures"][0] in FAMILIES
+
+
+def warn_of_other_decoder(folder: Path) -> None:
+    """Tell who compiles another family of language models, without saying for what, that it will not generate."""
+    name = str(read_config(folder)["architectures"][0])
+    if name.endswith("ForCausalLM"):
+        warnings.warn(
+            f"{folder / 'config.json'} names the class {name!r}, which is compiled to the logits of whole sequences, "
+            f"not to generate text; that can be {', '.join(FAMILIES)}",
+            stacklevel=1,
+        )
 
 
 def load_decoder(folder: Path) -> tuple[Decoder, Mapping[str, Any]]:
@@ -75,15 +89,33 @@ def open_checkpoint(folder: Path, task: Task, cache: Callable[[torch.dtype], tor
 
     Raises:
         SourceError: as :func:`load_decoder`.
-        ArtifactError: likewise.
+        ArtifactError: likewise; or a tokenizer that cannot be used.
         UsageError: a context that is longer than the model's.
     """
     module, special = load_decoder(folder)
-    tokenizer = folder / _TOKENIZER
-    text = {"tokenizer": _TOKENIZER if tokenizer.is_file() else None}
-    files = {_TOKENIZER: tokenizer} if tokenizer.is_file() else {}
+    files = {_TOKENIZER: folder / _TOKENIZER} if _has_tokenizer(folder) else {}
+    text = {"tokenizer": _TOKENIZER if files else None}
     loaded = generating(module, task, cache, {**special, **text}, files)
     return replace(loaded, mapped=tuple(weight_files(folder)))
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint brings a tokenizer; one that its artifact could not use is found here, not when it is used.
+
+    Raises:
+        ArtifactError: the file is damaged, or decodes in a way that is not supported.
+    """
+    file = folder / _TOKENIZER
+    if not file.is_file():
+        warnings.warn(
+            f"{folder} has no {_TOKENIZER}: the artifact will take and give token ids only. transformers writes one "
+            f"from a checkpoint's other files: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)",
+            stacklevel=1,
+        )
+        return False
+    if importlib.util.find_spec("tokenizers"):
+        FileText(file.read_bytes(), str(file))
+    return True
 
 
 def open_module(module: nn.Module, name: str, task: Task, cache: Callable[[torch.dtype], torch.dtype]) -> Loaded:

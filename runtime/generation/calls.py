@@ -155,11 +155,11 @@ def read_prompts(model: Model, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def needs_of(model: Model, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Need]:
-    """What requests take of the cache; one whose prompt is still text will be refused, and takes nothing."""
+    """What requests take of the cache; one whose prompt could not be read will be refused, and takes nothing."""
     context = describe(model.artifact).context
     needs = []
     for prompt, one in zip(prompts, params, strict=True):
-        if not isinstance(prompt, str):
+        if isinstance(prompt, np.ndarray):
             most = context if one.max_tokens is None else min(len(prompt) + one.max_tokens, context)
             needs.append(Need(min(len(prompt) + (one.max_tokens or 1), context), most))
     return needs

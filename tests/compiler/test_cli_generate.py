@@ -178,6 +178,16 @@ def test_wrong_objects_name_their_line(content, message, tmp_path):
     assert done.exit_code == 2 and message in done.stderr
 
 
+@pytest.mark.parametrize("prompt", ["5", "null", "true", '{"a": 1}', "[0.5]", "[[1]]", "[]"])
+def test_a_prompt_of_another_type_fails_alone(prompt, tmp_path):
+    (tmp_path / "x.jsonl").write_text(f'{{"prompt": {prompt}}}\n{{"prompt": "a", "max_tokens": 2}}')
+    done = call("--batch-file", tmp_path / "x.jsonl")
+    assert done.exit_code == 1 and "== line 2 (length) ==\nbc\n" in done.stdout
+    assert re.search(
+        "^error: line 1: (a prompt is a string or a list of token ids|the prompt is empty)", done.stderr, re.M
+    )
+
+
 def test_a_model_that_does_not_generate(counting):
     counting.artifact.manifest.info = {}
     done = call("--prompt", "a")

@@ -77,9 +77,14 @@ def guarded(action: Callable[[], Any]) -> int:
     except TilewrightError as error:
         return _report(str(error), error.exit_code)
     except BrokenPipeError:
-        # The reader (head, less) has gone. Python flushes once more at exit, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader (head, less) has gone
         return 1
+    except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
+        return _report(f"{error.filename or 'reading or writing failed'}: {error.strerror or error}", 1)
     except ModuleNotFoundError as error:
         return _report(_missing_module(error), 1)
     except MemoryError:
@@ -91,6 +96,11 @@ def guarded(action: Callable[[], Any]) -> int:
             f"{DEBUG.name}=1 to see the traceback, and please report it",
             1,
         )
+
+
+def _drop_output() -> None:
+    """Let go of what cannot be written: Python flushes once more at exit, which must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(message: str, code: int, prefix: str = "error: ") -> int:

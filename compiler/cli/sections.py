@@ -136,6 +136,12 @@ def _show_overview(artifact: Artifact, values: Values, asked: Values | None) -> 
                 f"{name} {'on the device' if how.get('device_run') else 'of the passes alone (the device was not run)'}"
                 for name, how in value.items()
             )
+        elif key == "quantization":
+            count = sum(item["applied"] is not None for item in value["layers"])
+            value = (
+                f"{value['asked']}, activations {value['activations']}, {count} weights; "
+                f"`tilewright inspect {found['path']} quantization` lists them"
+            )
         elif isinstance(value, Mapping):
             value = ", ".join(f"{name} {setting}" for name, setting in value.items())
         elif isinstance(value, list):

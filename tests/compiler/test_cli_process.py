@@ -55,6 +55,14 @@ def test_run_bench_and_inspect_need_no_torch(mlp, tmp_path):
         assert "batch" in done.stdout
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to Linux's /dev/full")
+def test_output_that_cannot_be_written(mlp):
+    command = [sys.executable, "-c", BLOCKED, "inspect", str(mlp), "plan"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr == "error: reading or writing failed: No space left on device\n"
+
+
 def test_doctor_and_integrity_need_no_torch(mlp):
     done = without_torch("doctor", "--json")
     assert done.returncode == 0, done.stderr

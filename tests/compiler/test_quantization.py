@@ -74,6 +74,9 @@ def test_inspect_shows_the_table(artifact):
     done, _ = artifact
     shown = CliRunner().invoke(cli, ["inspect", str(done.path), "quantization"]).output
     assert "up.weight" in shown and "int4-g32" in shown and "narrow.weight: it has 24 columns" in shown
+    lines = CliRunner().invoke(cli, ["inspect", str(done.path)]).output.splitlines()
+    (line,) = (line for line in lines if line.startswith("quantization: "))
+    assert len(line) < 120 + len(str(done.path)) and line.endswith("quantization` lists them")
     data = CliRunner().invoke(cli, ["inspect", str(done.path), "quantization", "--json"]).output
     assert json.loads(data)["quantization"]["asked"] == "int4-g32"
 

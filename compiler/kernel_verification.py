@@ -1,9 +1,9 @@
 """Comparing every kernel of an artifact with its part of the graph, on the operands that the kernel really read.
 
 The artifact is run step by step, and what every kernel wrote is kept. Then the program of regions is interpreted in
-eager PyTorch, and the result of every region is replaced by what its kernel wrote, so that the regions after it start
-from that. No error is carried from one comparison to the next: each is held to the tolerance of what its own kernel
-computes, however deep the model is.
+eager PyTorch, for all calls at once (``together.py``), and the result of every region is replaced by what its kernel
+wrote, so that the regions after it start from that. No error is carried from one comparison to the next: each is held
+to the tolerance of what its own kernel computes, however deep the model is.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..runtime.entry import Entry
 from ..runtime.plan import Plan, Ref
 from .copies import late_constants
 from .roundings import follow_roundings, rounded_linear
+from .together import run_together
 
 
 @dataclass(frozen=True)
@@ -64,26 +65,29 @@ def verify_kernels(entry: Entry, lowered: Program, precision: str = "auto") -> l
         lowered: the program after all passes, whose regions are the artifact's steps.
         precision: what it computes in; a coarser one than the model's sets the tolerance.
     """
-    return follow(entry, lowered, lowered.sample, precision).kernels
+    return follow(entry, lowered, [lowered.sample], precision)[0].kernels
 
 
-def follow(entry: Entry, lowered: Program, inputs: Sequence[torch.Tensor], precision: str = "auto") -> Followed:
-    """Run an entry point once and compare what every kernel wrote.
+def follow(
+    entry: Entry, lowered: Program, calls: Sequence[Sequence[torch.Tensor]], precision: str = "auto"
+) -> list[Followed]:
+    """Run an entry point and compare what every kernel wrote.
 
     Args:
         entry: of the loaded artifact.
         lowered: the program after all passes, whose regions are the artifact's steps.
-        inputs: of the call.
+        calls: the inputs of every call.
         precision: what it computes in.
     """
-    written = _Written(entry.plan)
-    entry.trace(written.note, *inputs)
-    follower = _Follower(lowered, written, precision)
-    with torch.no_grad():
-        results = follower.run(*inputs, *(state.initial.clone() for state in lowered.states))
-    states = {state.output for state in lowered.states}
-    outputs = [value for at, value in enumerate(results) if at not in states and isinstance(value, torch.Tensor)]
-    return Followed(sorted(follower.errors, key=lambda error: error.step), outputs, follower.missing)
+    followers = [_Follower(lowered, _Written(entry.plan), precision) for _ in calls]
+    for follower, inputs in zip(followers, calls, strict=True):
+        entry.trace(follower.written.note, *inputs)
+
+    def kernel(node: fx.Node, operands: Sequence[Sequence[Any]], results: list[Any]) -> list[Any]:
+        return [one.kernel(node, *each) for one, *each in zip(followers, operands, results, strict=True)]
+
+    results = run_together(late_constants(lowered), calls, kernel=kernel)
+    return [follower.followed(flat) for follower, flat in zip(followers, results, strict=True)]
 
 
 class _Written:
@@ -109,43 +113,48 @@ class _Written:
         return values.pop(0) if values else None
 
 
-class _Follower(fx.Interpreter):
-    """Interprets a program of regions, each on what the kernels before it wrote."""
+class _Follower:
+    """Compares what kernels wrote with their regions, each run on what the kernels before it wrote; of one call."""
 
     def __init__(self, program: Program, written: _Written, precision: str) -> None:
-        super().__init__(late_constants(program).module)
-        self.errors: list[KernelError] = []
-        self.missing: list[str] = []
-        self._written = written
+        self.written = written
+        self._errors: list[KernelError] = []
+        self._missing: list[str] = []
         self._precision = precision
+        self._state_outputs = {state.output for state in program.states}
         self._states = {state.placeholder: number for number, state in enumerate(program.states)}
         self._outputs = _output_places(program)
 
-    def run_node(self, n: fx.Node) -> Any:
-        """The value of a node; of a kernel what the kernel wrote."""
-        result = super().run_node(n)
-        if not is_region(n, "kernel"):
-            return result
+    def kernel(self, node: fx.Node, operands: Sequence[Any], result: Any) -> Any:
+        """What the kernel of a region wrote, in place of the region's result on the operands that the kernel read."""
         wanted = list(result) if isinstance(result, tuple | list) else [result]
-        found = [self._take(name) for name in self._places(n, len(wanted))]
-        limit = own_tolerance(n, self._precision)
+        found = [self._take(name) for name in self._places(node, len(wanted))]
+        limit = own_tolerance(node, self._precision)
         got = [want if item is None else _shaped(item[1], want) for item, want in zip(found, wanted, strict=True)]
-        if rounded_linear(body(n)) is not None and any(
+        if rounded_linear(body(node)) is not None and any(
             not error_of(*pair) <= limit for pair in zip(wanted, got, strict=True)
         ):
-            operands, _ = self.fetch_args_kwargs_from_env(n)
-            wanted = follow_roundings(body(n), operands, wanted, got, limit)
-        for item, name, want, value in zip(found, _names(n, len(wanted)), wanted, got, strict=True):
+            wanted = follow_roundings(body(node), operands, wanted, got, limit)
+        for item, name, want, value in zip(found, _names(node, len(wanted)), wanted, got, strict=True):
             if item is None:
-                self.missing.append(name)
+                self._missing.append(name)
             else:
-                kernel = self._written.plan.steps[item[0]].name
+                kernel = self.written.plan.steps[item[0]].name
                 allowed = max(TOLERANCES.get(want.dtype, 0.0), limit if want.is_floating_point() else 0.0)
-                self.errors.append(KernelError(item[0], kernel, name, error_of(want, value), allowed))
+                self._errors.append(KernelError(item[0], kernel, name, error_of(want, value), allowed))
         return tuple(got) if isinstance(result, tuple | list) else got[0]
 
+    def followed(self, results: Sequence[Any]) -> Followed:
+        """What was found, given the flat outputs of the program."""
+        outputs = [
+            value
+            for at, value in enumerate(results)
+            if at not in self._state_outputs and isinstance(value, torch.Tensor)
+        ]
+        return Followed(sorted(self._errors, key=lambda error: error.step), outputs, self._missing)
+
     def _take(self, places: Sequence[str]) -> tuple[int, torch.Tensor] | None:
-        return next((item for item in map(self._written.take, places) if item is not None), None)
+        return next((item for item in map(self.written.take, places) if item is not None), None)
 
     def _places(self, node: fx.Node, count: int) -> list[tuple[str, ...]]:
         """For each result of a kernel the places where it may have been written, in order."""

@@ -7,7 +7,8 @@ Quantized weights change the numbers on purpose, so there are two questions. Whe
 model as it was is seen with the weights as they were. What comes after is compared with a model that has what
 quantization left of its weights in their place. Where activations are rounded on the fly, too, a last digit decides a
 rounding, that decides others, and outputs say little about kernels: there every kernel is compared on the operands that
-it read (``kernel_verification.py``), and the passes with activations as they come (:class:`InFloat`).
+it read (``kernel_verification.py``), and the passes with activations as they come (``float_activations.py``). There a
+large model's weights take the time, so all sizes are run at once (``together.py``).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from ..passes.base import Report
-from ..passes.graph.float_activations import InFloat, rounds_activations
+from ..passes.graph.float_activations import rounds_activations
 from ..passes.graph.program import Program
 from ..passes.verify import error_of, tolerances_of
 from ..passes.widen_floats import WidenFloats
@@ -35,6 +36,7 @@ from .copies import late_constants, reference_of
 from .kernel_verification import KernelError, array_of, follow, tensor_of
 from .quantization import Watch, deviation, names_of_outputs
 from .samples import assignments, make_inputs, sample_sizes
+from .together import run_together
 
 
 @dataclass(frozen=True)
@@ -133,16 +135,25 @@ def expect(
     by_kernel = rounds_activations(lowered)
     found = Expected(settled, device, precision, [], [], {})
     sample = sample_sizes(reference)
-    for sizes, inputs, results in _runs(model, reference):
-        found.passes.extend(_errors(found, sizes, results, before.run(inputs), tolerances_of(model)))
-        give_back()  # the weights as they were: those that follow are others
-        wanted, limits = target.run(inputs), tolerances_of(target, precision)
-        if by_kernel or not runs:
-            found.passes.extend(_errors(found, sizes, wanted, InFloat.of(settled, inputs), limits))
-        found.cases.append(Case(sizes, inputs, None if by_kernel else _limited(wanted, target, precision)))
-        if sizes == sample:
-            found.deviation.update(deviation(reference, results, settled.run(inputs)))
+    cases = [(sizes, make_inputs(reference, sizes)) for sizes in assignments(reference)]
+    sets = [given for _, given in cases]
+    # Each program's weights are other ones: those before it may go, and it reads its own once for all cases.
+    every = run_together(model, sets)
+    for (sizes, _), one, got in zip(cases, every, run_together(before, sets), strict=True):
+        found.passes.extend(_errors(found, sizes, one, got, tolerances_of(model)))
+    give_back()
+    wanted, limits = run_together(target, sets), tolerances_of(target, precision)
+    give_back()
+    for (sizes, given), want in zip(cases, wanted, strict=True):
+        found.cases.append(Case(sizes, given, None if by_kernel else _limited(want, target, precision)))
+    if by_kernel or not runs:
+        for (sizes, _), want, got in zip(cases, wanted, run_together(settled, sets, in_float=True), strict=True):
+            found.passes.extend(_errors(found, sizes, want, got, limits))
         give_back()
+    for (sizes, given), one in zip(cases, every, strict=True):
+        if sizes == sample:
+            found.deviation.update(deviation(reference, one, settled.run(given)))
+    give_back()
     return found
 
 
@@ -203,11 +214,13 @@ def verify_outputs(
         NumericsError: kernels are to be compared one by one, and there is none for a part of the graph.
     """
     found = list(expected.passes)
+    by_kernel = [case.inputs for case in expected.cases if case.outputs is None]
+    every = iter(follow(entry, expected.lowered, by_kernel, expected.precision) if by_kernel else [])
     for case in expected.cases:
         got = run_entry(entry, case.inputs, case.sizes, between)
         outputs, worst = case.outputs, None
         if outputs is None:
-            followed = follow(entry, expected.lowered, case.inputs, expected.precision)
+            followed = next(every)
             if followed.missing:
                 raise NumericsError(
                     f"entry {entry.name}: no kernel writes {', '.join(followed.missing)} of the graph, so nothing is "
@@ -276,7 +289,8 @@ def first_divergence(entry: Entry, expected: Expected, sizes: Mapping[str, int])
         sizes: an assignment of the symbols at which an output is beyond its tolerance.
     """
     case = next(case for case in expected.cases if case.sizes == sizes)
-    kernels = follow(entry, expected.lowered, case.inputs, expected.precision).kernels
+    (followed,) = follow(entry, expected.lowered, [case.inputs], expected.precision)
+    kernels = followed.kernels
     kernel = next((error for error in kernels if not error.ok), None)
     if kernel is not None:
         return _named(entry, kernel)

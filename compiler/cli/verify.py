@@ -143,7 +143,7 @@ def _compare(
                 outputs += found
                 if kernels and not results:
                     progress("kernel results", name)
-                    results = follow(entry, one.lowered, one.lowered.sample, one.precision).kernels
+                    results = follow(entry, one.lowered, [one.lowered.sample], one.precision)[0].kernels
                 if results:
                     missing += len(entry.plan.steps) - len({item.step for item in results})
                 steps += results

@@ -143,7 +143,30 @@ class RowFormat:
         return result.reshape(*rows.shape[:-1], self.columns)
 
     def _values(self, rows: Tensor, into: Tensor) -> None:
-        parts = self.split(rows)
-        spread = torch.arange(self.columns, device=rows.device) // self.group_columns
-        zeros = self.zero if parts.zeros is None else parts.zeros.to(torch.int16)[:, spread]
-        torch.mul((parts.codes.to(torch.int16) - zeros).float(), parts.scales[:, spread], out=into)
+        self.check(rows)
+        data, scales = rows[:, : self.data_bytes], rows[:, self.data_bytes : self.data_bytes + 4 * self.groups]
+        scales = scales.clone(memory_format=torch.contiguous_format).view(torch.float32)
+        zeros: Tensor | int = self.zero
+        if not self.symmetric:
+            stored = rows[:, self.data_bytes + 4 * self.groups :]
+            zeros = self._by_column((stored.view(torch.int8) if self.bits == 8 else stored).float())
+        if self.bits == 8:
+            into.copy_(data.view(torch.int8))
+        else:
+            into[:, ::2].copy_(data & 15)
+            into[:, 1::2].copy_(data[:, : self.columns // 2] >> 4)
+        parts = self._by_group(into)
+        if not (isinstance(zeros, int) and zeros == 0):
+            parts.sub_(zeros)
+        parts.mul_(self._by_column(scales))
+
+    def _by_group(self, values: Tensor) -> Tensor:
+        """A view of ``[N, columns]`` with an axis of groups, where all have as many columns."""
+        even = self.columns == self.groups * self.group_columns
+        return values.view(len(values), self.groups, self.group_columns) if even else values
+
+    def _by_column(self, parameters: Tensor) -> Tensor:
+        """Parameters of groups, ``[N, groups]``, in a shape that broadcasts to :meth:`_by_group`."""
+        if self.columns == self.groups * self.group_columns:
+            return parameters.unsqueeze(-1)
+        return parameters.repeat_interleave(self.group_columns, 1)[:, : self.columns]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import fx
 
@@ -18,16 +18,22 @@ from .values import Kernel, Value
 
 
 class Anchored:
-    """A region around one anchor: its frame of parameters, and the values before and after the anchor."""
+    """A region around one anchor: its frame of parameters, and the values before and after the anchor.
 
-    def __init__(self, task: Task, anchor: fx.Node, frame: Frame) -> None:
+    What depends on placeholders that are ``unread`` may be asked for its shape only: the frame lacks them.
+    """
+
+    def __init__(self, task: Task, anchor: fx.Node, frame: Frame, unread: Sequence[fx.Node] = ()) -> None:
         self.task = task
         self.anchor = anchor
         self.frame = frame
         self.kernel = Kernel(task.symbols.ranges)
         self.region = region_of(task, self.kernel)
         self.env: Env = frame.env(self.kernel)
-        needed = _upstream(anchor)
+        for node in unread:
+            if (storage := task.storage_of(node)) is not None:
+                self.env[node] = self.kernel.constant(0, storage.dtype, storage.shape)
+        needed = upstream(anchor)
         interpret(self.region, [node for node in task.nested.graph.nodes if node in needed], self.env)
 
     def operand(self, argument: object) -> Value | None:
@@ -113,7 +119,8 @@ def find_anchor(task: Task, targets: frozenset[object]) -> fx.Node:
     return found[0]
 
 
-def _upstream(node: fx.Node) -> set[fx.Node]:
+def upstream(node: fx.Node) -> set[fx.Node]:
+    """The nodes that a node depends on."""
     needed: set[fx.Node] = set()
     stack = list(node.all_input_nodes)
     while stack:

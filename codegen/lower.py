@@ -194,6 +194,8 @@ class _Lowering:
                 made = [self.tuner.choose(item, values) for item in made]
         except (CompileError, UnsupportedOperator) as error:
             raise type(error)(f"{origin_of(node).source or node.name}: {error}") from error
+        for first in (item.before for item in made if item.before):
+            self.steps.append((first.code.family, [first], origin_of(node), first.storages[-1:]))
         self.steps.append((family, made, origin_of(node), results))
         self.storages[node] = tuple(results) if several else results[0]
 

@@ -80,13 +80,15 @@ class Made:
     """A kernel and the storages of its parameters, under a guard.
 
     ``others`` do the same to the last bit in ways that may be faster on some machine; there are some only where kernels
-    are measured (:attr:`Task.tuned_for`).
+    are measured (:attr:`Task.tuned_for`). ``before`` is a step of its own that runs first; its last storage is what it
+    writes.
     """
 
     code: KernelCode
     storages: tuple[Storage, ...]
     guard: Size = 1
     others: tuple[KernelCode, ...] = ()
+    before: Made | None = None
 
 
 class Frame:

@@ -15,6 +15,8 @@ Columns beyond the last have scale 0; terms beyond the last meet zeros.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -28,6 +30,10 @@ STEP = 32
 """Terms of a step."""
 SCRATCH = 512 << 10
 """Most bytes of stack for a block of rows; tw_entry.h says what callers need."""
+CHUNK = 8
+"""Steps of a chunk of activations beside weights of 8 bits (``TW_CHUNK_int8``)."""
+PIECE = 16
+"""Steps of a unit that quantizes activations, where scales allow; a multiple of ``CHUNK``."""
 BLOCKS = (64, 48, 32, 24, 16, 12, 8, 4, 2, 1)
 """Numbers of rows that are multiplied while a panel is in cache."""
 
@@ -104,33 +110,46 @@ def _by_panel(values: np.ndarray, panels: int, groups: int) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(panels, PANEL, groups).transpose(0, 2, 1))
 
 
-def code_bytes(bits: int) -> int:
-    """Bytes of an activation's code beside weights of so many bits: with 8, AVX2 keeps magnitudes and signs apart."""
-    return 2 if bits == 8 else 1
+def row_bytes(columns: int, bits: int) -> int:
+    """Bytes of a quantized row of activations: codes, a scale and a sum of every step, and what ``tw_quantized`` notes.
+
+    Args:
+        columns: of the row.
+        bits: of the weight that it meets; with 8, AVX2 keeps magnitudes and signs of codes apart.
+    """
+    steps = steps_of(columns)
+    return steps * (STEP * (2 if bits == 8 else 1) + 8) + 4 + -(-steps // CHUNK)
 
 
-def row_bytes(columns: int, *, codes: int, gathered: bool) -> int:
-    """Bytes of stack that a row of activations takes: codes, scales, sums and one more, or floats if gathered."""
-    if codes:
-        return steps_of(columns) * (STEP * codes + 8) + 4
-    return columns * 4 if gathered else 0
+def piece_steps(columns: int, activations: int) -> int:
+    """Steps of a row that one unit of ``quantize_rows.c.jinja`` quantizes.
+
+    Args:
+        columns: of the row.
+        activations: steps that share a scale.
+    """
+    steps = max(1, steps_of(columns))
+    return steps if activations >= steps else math.lcm(PIECE, activations)
 
 
-def block_rows(columns: int, *, codes: int, gathered: bool) -> int:
-    """Most rows of activations in a block, so that they fit the stack.
+def quantize_units(m: Size, columns: int, activations: int) -> Size:
+    """Work units of ``quantize_rows.c.jinja``: a piece of a row each."""
+    return mul(m, -(-max(1, steps_of(columns)) // piece_steps(columns, activations)))
+
+
+def block_rows(columns: int, *, gathered: bool) -> int:
+    """Most rows of activations in a block; where floats are computed as they are read, as many as fit the stack.
 
     Args:
         columns: of a row.
-        codes: bytes of a code of a quantized activation; 0 where rows stay floating point.
-        gathered: whether rows are computed as they are read, not read in place.
+        gathered: whether rows stay floating point and are computed as they are read.
 
     Raises:
-        CompileError: not even one does.
+        CompileError: not even one row fits.
     """
-    each = row_bytes(columns, codes=codes, gathered=gathered) + PANEL * 4
-    spare = SCRATCH - (columns * 4 if codes and gathered else 0)
+    each = (columns * 4 if gathered else 0) + PANEL * 4
     for rows in BLOCKS:
-        if rows * each <= spare:
+        if rows * each <= SCRATCH:
             return rows
     raise CompileError(f"rows of {columns} columns are too long for products with quantized weights on CPUs")
 

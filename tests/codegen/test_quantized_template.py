@@ -1,4 +1,4 @@
-"""quantized_matmul.c.jinja and quantized_embedding.c.jinja against dequantized weights in double precision."""
+"""quantize_rows.c.jinja and quantized_matmul.c.jinja against dequantized weights in double precision."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,13 @@ import torch
 
 from tilewright.codegen.c.quantized_packing import (
     block_rows,
-    code_bytes,
     group_steps,
     pack_quantized,
     panel_bytes,
+    piece_steps,
+    quantize_units,
     quantized_units,
+    row_bytes,
     steps_of,
 )
 from tilewright.passes.graph.quantized_ops import dequantize, quantize_rows, quantize_weight
@@ -53,32 +55,46 @@ def activations_of(m, k, seed):
 def kernel_of(native, form, n, activations, target, compiler="gcc", *, direct=True, block=None):
     """y[m, n] = x @ w.T + bias, rows of x three elements further apart than they are long, M in dim[0]."""
     k, shared = form.columns, activations // 32 or steps_of(form.columns)
-    per_row = block_rows(k, codes=code_bytes(form.bits) if activations >= 0 else 0, gathered=not direct)
+    most = block or block_rows(k, gathered=not direct)
     if direct:
         x = {"x_direct": True, "x_base": "x", "x_stride": k + 3}
     else:
         x = {"read_x": native.Hole(f"const float *restrict from = x + m * {k + 3};", "const float x_value = from[k];")}
+    quantize = None
+    common = {"M": "rows", "K": k, "bits": form.bits, "zeros": not form.symmetric, "block": most}
+    if activations >= 0:
+        source = native.render(
+            "quantize_rows.c.jinja",
+            name="quantize",
+            prelude="const float *restrict x = buf[0]; uint8_t *restrict q = buf[1]; const int64_t rows = dim[0];",
+            activations=shared, piece=piece_steps(k, shared), rows_at="q", **common, **x,
+        )  # fmt: skip
+        quantize = native.build(source, "quantize", target, compiler)
+        x = {"rows_at": "x"}
     source = native.render(
         "quantized_matmul.c.jinja",
         name="product",
-        prelude="const float *restrict x = buf[0], *restrict bias = buf[2]; const uint8_t *restrict w = buf[1];\n"
-        "float *restrict y = buf[3]; const int64_t rows = dim[0];",
-        M="rows", N=n, K=k, bits=form.bits, zeros=not form.symmetric, per=group_steps(form),
-        activations=shared if activations >= 0 else 0, weight="w", panel_bytes=panel_bytes(form),
-        block=block or per_row,
-        epilogue=native.Hole(f"float *restrict to = y + m * {n};", "to[n] = acc + bias[n];"), **x,
+        prelude=f"const {'uint8_t' if quantize else 'float'} *restrict x = buf[0];\n"
+        "const float *restrict bias = buf[2];\n"
+        "const uint8_t *restrict w = buf[1]; float *restrict y = buf[3]; const int64_t rows = dim[0];",
+        N=n, per=group_steps(form), activations=shared if quantize else 0, weight="w", panel_bytes=panel_bytes(form),
+        epilogue=native.Hole(f"float *restrict to = y + m * {n};", "to[n] = acc + bias[n];"), **common, **x,
     )  # fmt: skip
     kernel = native.build(source, "product", target, compiler)
 
-    def call(x, packed, bias, begin=None, end=None):
+    def call(x, packed, bias):
         m = len(x)
         wide = np.full((m, k + 3), np.nan, np.float32)
         wide[:, :k] = x
+        if quantize:
+            rows = np.full(m * row_bytes(k, form.bits) + 64, 0x5A, np.uint8)
+            units = quantize_units(m, k, shared)
+            for begin in range(units - 1, -1, -1):  # units are independent
+                assert quantize([wide, rows], [m], begin, begin + 1) == 0
+            assert (rows[m * row_bytes(k, form.bits) :] == 0x5A).all(), "wrote beyond the last row"
+            wide = rows
         y = np.full((m + 1, n), np.nan, np.float32)
-        units = quantized_units(m, n, block or per_row)
-        if begin is None:
-            begin, end = 0, units
-        assert kernel([wide, packed, bias, y], [m], begin, end) == 0
+        assert kernel([wide, packed, bias, y], [m], quantized_units(m, n, most)) == 0
         assert np.isnan(y[m]).all(), "wrote beyond the last row"
         return y[:m]
 

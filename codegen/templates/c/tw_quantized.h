@@ -15,7 +15,7 @@
  * lie in tiles, the rows that are multiplied at once, so that a product reads a tile from its beginning to its end:
  * [steps][words][rows of the tile][4 bytes], and scales and sums of a step [steps][rows of the tile]. A word is four terms.
  * Where both factors have 8 bits, AVX2 takes rows one by one, and a word is the magnitudes of four terms, then their signs,
- * -1 or 0.
+ * -1 or 0. All rows go over a chunk of 8 steps before the next one, so codes lie in this order: [chunks][rows][steps].
  */
 #ifndef TW_QUANTIZED_H
 #define TW_QUANTIZED_H
@@ -36,6 +36,7 @@
 #define TW_CODE_BYTES_int8 2
 #endif
 #define TW_CODE_BYTES_int4 1
+#define TW_CHUNK_int8 8 /* steps of a chunk, where both factors have 8 bits */
 
 #if defined(__AVX512VNNI__)
 #define TW_OFFSET_int8 128 /* what is added to codes of 8 bits to make them unsigned */
@@ -101,9 +102,31 @@ typedef struct {
     int8_t *codes;
     float *scales;
     int32_t *sums;
-    int32_t *squares; /* of a row, for TW_SIGNED_SUMS (tw_quantized_signed.h) */
+    int32_t *lacking; /* of a row: what its products with all of a panel of 8 bits lack, as integers */
+    uint8_t *wide;    /* [chunks][rows]: bits of the chunk's steps, for TW_SIGNED_SUMS (tw_quantized_signed.h) */
     int64_t rows, steps;
 } tw_quantized;
+
+/* Of m rows of `steps` steps in one memory, whose codes take so many bytes, those from `top` on. A row takes
+ * quantized_packing.row_bytes bytes: of each array there are those of all rows, and a block of rows has its part. */
+static inline tw_quantized tw_quantized_at(
+    void *memory, int64_t m, int64_t steps, int64_t code_bytes, int64_t top, int64_t rows) {
+    int8_t *const codes = memory;
+    float *const scales = (float *)(codes + m * steps * TW_STEP_K * code_bytes);
+    int32_t *const sums = (int32_t *)(scales + m * steps), *const lacking = sums + m * steps;
+    uint8_t *const wide = (uint8_t *)(lacking + m);
+    const int64_t at = top * steps;
+    return (tw_quantized){
+        codes + at * TW_STEP_K * code_bytes, scales + at, sums + at, lacking + top,
+        wide + top * tw_ceildiv(steps, TW_CHUNK_int8), rows, steps,
+    };
+}
+
+/* Where the codes of a row's step lie that begins a chunk, beside weights of 8 bits on AVX2. */
+static inline int8_t *tw_chunk_codes(const tw_quantized *x, int64_t row, int64_t step) {
+    const int64_t length = tw_smaller(TW_CHUNK_int8, x->steps - step);
+    return x->codes + (step * x->rows + row * length) * TW_STEP_K * TW_CODE_BYTES_int8;
+}
 
 /* Near-equal tiles of at most `most` rows: the rows of tile t, and of the tile that a row lies in. */
 typedef struct {
@@ -156,31 +179,28 @@ static inline void tw_place_codes(__m256i codes, tw_codes_q kind, int64_t rows, 
     }
 }
 
-/* The greatest of 16 unsigned numbers of 16 bits. */
-static inline int32_t tw_greatest_q(__m256i numbers) {
-    __m128i half = _mm_max_epu16(_mm256_castsi256_si128(numbers), _mm256_extracti128_si256(numbers, 1));
-    half = _mm_xor_si128(half, _mm_set1_epi16(-1)); /* there is an instruction for the least of 8 */
-    return 0xffff - (int32_t)(uint16_t)_mm_cvtsi128_si32(_mm_minpos_epu16(half));
+/* Whether four magnitudes that two words in a row have at the same place (their first or last two terms) come to more
+ * than 255. */
+static inline int tw_wide_codes(__m256i codes) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_set1_epi8(1));
+    const __m256i fours = _mm256_add_epi16(pairs, _mm256_shuffle_epi32(pairs, 0xb1));
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi16(fours, _mm256_set1_epi16(255))) != 0;
 }
 
-/* The squares of the lengths of a step's codes, four by four as two words in a row are added up. */
-static inline __m256i tw_code_squares(__m256i codes) {
-    const __m256i sizes = _mm256_abs_epi8(codes), squares = _mm256_maddubs_epi16(sizes, sizes);
-    return _mm256_add_epi16(squares, _mm256_shuffle_epi32(squares, 0xb1));
-}
-
-/* Row `row` of x, k floats, as codes in [-127, 127], rounded half to even, with one scale for every `per` steps: the largest
- * magnitude / 127. What is smaller than 1e-30 throughout has scale 0 and codes 0; a NaN makes the scale NaN. */
-static inline void tw_quantize_row(
-    const float *from_row, int64_t k, int64_t per, tw_codes_q kind, const tw_quantized *x, int64_t row) {
-    const int64_t steps = tw_ceildiv(k, TW_STEP_K), bytes = kind == TW_SIGNED_SUMS ? 2 * TW_STEP_K : TW_STEP_K;
+/* Steps [from, end) of row `row` of x, of k floats, as codes in [-127, 127], rounded half to even, with one scale for every
+ * `per` steps: the largest magnitude / 127. What is smaller than 1e-30 throughout has scale 0 and codes 0; a NaN makes the
+ * scale NaN. Parts of a row begin with a scale and with a chunk. */
+static inline void tw_quantize_steps(
+    const float *from_row, int64_t k, int64_t from, int64_t end, int64_t per, tw_codes_q kind, const tw_quantized *x,
+    int64_t row) {
+    const int64_t steps = x->steps, bytes = kind == TW_SIGNED_SUMS ? 2 * TW_STEP_K : TW_STEP_K;
     const tw_tile_q tile = tw_tile_of_q(x->rows, kind == TW_SIGNED_SUMS ? TW_ROWS_int8 : TW_ROWS_int4, row);
     int8_t *const codes = x->codes + tile.first * steps * bytes + (row - tile.first) * 4;
     float *const scales = x->scales + tile.first * steps + (row - tile.first);
     int32_t *const sums = x->sums + tile.first * steps + (row - tile.first);
-    __m256i squares = _mm256_setzero_si256();
-    for (int64_t first = 0; first < steps; first += per) {
-        const int64_t last = tw_smaller(first + per, steps);
+    int32_t total = 0;
+    for (int64_t first = from; first < end; first += per) {
+        const int64_t last = tw_smaller(first + per, end);
         int32_t top = 0; /* the bits of a magnitude order as integers do, with NaN above all */
 #pragma omp simd reduction(max : top)
         for (int64_t i = first * TW_STEP_K; i < tw_smaller(last * TW_STEP_K, k); i++) {
@@ -195,26 +215,35 @@ static inline void tw_quantize_row(
         const float scale = counts ? largest / 127.0f : 0.0f;
         const __m256 inverse = _mm256_set1_ps(counts ? 127.0f / largest : 0.0f);
         for (int64_t s = first; s < last; s++) {
-            const float *from = from_row + s * TW_STEP_K;
+            const float *at = from_row + s * TW_STEP_K;
             float padded[TW_STEP_K] TW_ALIGNED;
             if ((s + 1) * TW_STEP_K > k) {
                 memset(padded, 0, sizeof padded);
-                memcpy(padded, from, (size_t)(k - s * TW_STEP_K) * sizeof(float));
-                from = padded;
+                memcpy(padded, at, (size_t)(k - s * TW_STEP_K) * sizeof(float));
+                at = padded;
             }
-            const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from), inverse));
-            const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + 8), inverse));
-            const __m256i c = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + 16), inverse));
-            const __m256i d = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + 24), inverse));
+            const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(at), inverse));
+            const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(at + 8), inverse));
+            const __m256i c = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(at + 16), inverse));
+            const __m256i d = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(at + 24), inverse));
             const __m256i mixed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
             const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
             const __m256i placed = _mm256_permutevar8x32_epi32(mixed, order);
-            tw_place_codes(placed, kind, tile.rows, codes + s * bytes * tile.rows, sums + s * tile.rows);
+            int32_t *const sum = sums + s * tile.rows;
             scales[s * tile.rows] = scale;
-            if (kind == TW_SIGNED_SUMS) squares = _mm256_max_epu16(squares, tw_code_squares(placed));
+            if (kind == TW_SIGNED_SUMS) {
+                const int64_t in_chunk = s % TW_CHUNK_int8;
+                uint8_t *const wide = x->wide + s / TW_CHUNK_int8 * x->rows + row;
+                tw_place_codes(placed, kind, 1, tw_chunk_codes(x, row, s - in_chunk) + in_chunk * bytes, sum);
+                *wide = (uint8_t)((in_chunk ? *wide : 0) | tw_wide_codes(placed) << in_chunk);
+                total += *sum >> 16;
+            } else {
+                tw_place_codes(placed, kind, tile.rows, codes + s * bytes * tile.rows, sum);
+                total -= TW_OFFSET_int8 * *sum;
+            }
         }
     }
-    if (kind == TW_SIGNED_SUMS) x->squares[row] = tw_greatest_q(squares);
+    if (end - from == steps) x->lacking[row] = total; /* else scales differ, and there are no products with all of a panel */
 }
 
 /* to[32 * (end - from)][32] = the numbers that steps [from, end) of a panel stand for, rows along k. */

@@ -268,16 +268,6 @@ static inline void tw_product_whole_int8(const tw_quantized *x, const uint8_t *p
         }
     }
 }
-
-/* What the totals of a row lack: they have the offset of codes in them. */
-static inline int32_t tw_lacking_int8(const tw_quantized *x, int64_t row) {
-    const tw_tile_q tile = tw_tile_of_q(x->rows, TW_ROWS_int8, row);
-    int32_t lacking = 0;
-    for (int64_t s = 0; TW_OFFSET_int8 && s < x->steps; s++) {
-        lacking -= TW_OFFSET_int8 * x->sums[tile.first * x->steps + s * tile.rows + row - tile.first];
-    }
-    return lacking;
-}
 #else
 #include "tw_quantized_signed.h"
 #endif
@@ -288,7 +278,7 @@ static inline void tw_scale_whole_int8(const tw_quantized *x, int64_t row, const
     const tw_tile_q tile = tw_tile_of_q(x->rows, TW_ROWS_int8, row);
     const int64_t at = tile.first * x->steps + row - tile.first;
     const float scale = x->scales[at];
-    const int32_t lacking = tw_lacking_int8(x, row);
+    const int32_t lacking = x->lacking[row];
 #pragma omp simd
     for (int64_t n = 0; n < TW_PANEL; n++) {
         const float total = (float)(totals[n] + lacking) * (scales[n] * scale);

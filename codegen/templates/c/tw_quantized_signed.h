@@ -6,21 +6,19 @@
  * (vpsignb needs no correction, but shares its units with the instructions that multiply. vpmaddwd takes as many of those,
  * and weights that were made wider first.)
  *
- * Four products rarely come to more than 16 bits, and where they cannot, one instruction less adds them up: their sum is at
- * most the length of the four codes times that of the four weights (Cauchy-Schwarz). tw_quantize_row notes the greatest
- * length in a row, tw_signed_squares finds that of a chunk of weights. Either way sums are exact.
+ * Four products rarely come to more than 16 bits, and where they cannot, one instruction less adds them up: where four
+ * magnitudes come to 255 at most, 255 * 128 < 2^15. tw_quantize_row notes the steps of a row where they come to more; these
+ * are wide. Either way sums are exact.
  *
  * Rows need no tiles: one by one they meet all 32 columns, and weights are operands in memory as the panel holds them.
- * They go over a chunk of the panel that stays in the first-level cache, and share the fetching of the next one. A few rows
- * go over the panel together, as it comes from memory.
+ * They go over a chunk of the panel that stays in the first-level cache. Meanwhile the next one is fetched, in the order in
+ * which it lies, shared out between the rows: what the first row needs first then comes first, and not just before it is
+ * needed. A few rows go over the panel together, as it comes from memory.
  */
 #ifndef TW_QUANTIZED_SIGNED_H
 #define TW_QUANTIZED_SIGNED_H
 
 #include "tw_quantized_products.h"
-
-#define TW_SIGNED_CHUNK 8 /* steps */
-#define TW_SIGNED_MANY 8  /* rows for which it is worth to look at a chunk first */
 
 /* Products of two terms each of a word with 8 columns at `at`. */
 static inline __m256i tw_signed_word(__m256i sizes, __m256i signs, const uint8_t *at) {
@@ -47,8 +45,7 @@ static inline __m256i tw_signed_sum(__m256i sum, __m256i products) {
 
 /* A step's products with 32 columns. The barriers keep compilers from adding products of several words to each other first,
  * which takes more registers than there are. */
-#define TW_SIGNED_STEP(codes, step, ahead) \
-    tw_prefetch_q(step, ahead); \
+#define TW_SIGNED_STEP(codes, step) \
     for (int64_t word = 0; word < 8; word++) { \
         const __m256i sizes = TW_WORD_Q((codes) + word * 8), signs = TW_WORD_Q((codes) + word * 8 + 4); \
         const uint8_t *const first = (step) + word * 64, *const second = first + TW_HALF_int8; \
@@ -63,8 +60,7 @@ static inline __m256i tw_signed_sum(__m256i sum, __m256i products) {
 /* The same where four products fit 16 bits. */
 #define TW_SIGNED_PAIR(sum, at) \
     sum = tw_signed_sum(sum, _mm256_add_epi16(tw_signed_word(sizes0, signs0, at), tw_signed_word(sizes1, signs1, (at) + 64)))
-#define TW_SIGNED_STEP_OF_PAIRS(codes, step, ahead) \
-    tw_prefetch_q(step, ahead); \
+#define TW_SIGNED_STEP_OF_PAIRS(codes, step) \
     for (int64_t word = 0; word < 8; word += 2) { \
         const __m256i sizes0 = TW_WORD_Q((codes) + word * 8), signs0 = TW_WORD_Q((codes) + word * 8 + 4); \
         const __m256i sizes1 = TW_WORD_Q((codes) + word * 8 + 8), signs1 = TW_WORD_Q((codes) + word * 8 + 12); \
@@ -77,17 +73,28 @@ static inline __m256i tw_signed_sum(__m256i sum, __m256i products) {
         TW_KEEP_Q(c, d); \
     }
 
+/* One or the other, where bit 0 of `wide` says that they may not. */
+#define TW_SIGNED_STEP_OF_ANY(codes, step) \
+    if (wide & 1) { \
+        TW_SIGNED_STEP(codes, step) \
+    } else { \
+        TW_SIGNED_STEP_OF_PAIRS(codes, step) \
+    } \
+    wide >>= 1;
+
 /* totals[32] += the products with some steps, as integers, without the correction. */
 #define TW_DEFINE_SIGNED(NAME, STEP) \
     static __attribute__((noinline)) void NAME( \
-        const int8_t *codes, const uint8_t *step, int64_t steps, tw_ahead ahead, int32_t *totals) { \
+        const int8_t *codes, int wide, const uint8_t *step, int64_t steps, tw_fetch fetch, int32_t *totals) { \
         TW_SIGNED_RESUME(totals) \
+        (void)wide; \
         for (int64_t s = 0; s < steps; s++, step += TW_STEP_BYTES(int8), codes += TW_STEP_K * TW_CODE_BYTES_int8) { \
-            STEP(codes, step, ahead) \
+            tw_fetch_some(&fetch); \
+            STEP(codes, step) \
         } \
         TW_SIGNED_LEAVE \
     }
-TW_DEFINE_SIGNED(tw_signed_whole, TW_SIGNED_STEP)
+TW_DEFINE_SIGNED(tw_signed_whole, TW_SIGNED_STEP_OF_ANY)
 TW_DEFINE_SIGNED(tw_signed_whole_of_pairs, TW_SIGNED_STEP_OF_PAIRS)
 
 /* The same for a few rows whose codes lie `apart` bytes apart, at the memory's speed: half after half as the panel lies,
@@ -126,26 +133,6 @@ TW_DEFINE_SIGNED(tw_signed_whole_of_pairs, TW_SIGNED_STEP_OF_PAIRS)
     }
 TW_FOR_EACH_ROWS_Q(TW_DEFINE_SIGNED_FEW, int8)
 
-/* The greatest square of a length of four weights that are added up in 16 bits, in some steps. */
-static __attribute__((noinline)) int32_t tw_signed_squares(const uint8_t *step, int64_t steps) {
-    __m256i most = _mm256_setzero_si256();
-    for (const uint8_t *const end = step + steps * TW_STEP_BYTES(int8); step < end; step += 128) {
-        for (int64_t n = 0; n < 64; n += 32) {
-            const __m256i first = _mm256_abs_epi8(TW_LOAD_Q(step + n)), second = _mm256_abs_epi8(TW_LOAD_Q(step + n + 64));
-            most = _mm256_max_epu16(
-                most, _mm256_add_epi16(_mm256_maddubs_epi16(first, first), _mm256_maddubs_epi16(second, second)));
-        }
-    }
-    return tw_greatest_q(most);
-}
-
-/* Rows of at most what square of a length fit weights of at most `squares`: a changed sign makes each of four weights larger
- * by 1 at most, and their length by 2. A little less than 2^15, for the rounding. */
-static inline int32_t tw_signed_fits(int32_t squares) {
-    const float fits = 32700.0f / (_mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss((float)squares))) + 2.0f);
-    return (int32_t)(fits * fits);
-}
-
 /* sums[n..n+8) += (total - zero point * sum of the row's codes) * (weight's scale * row's scale). */
 static inline void tw_signed_add(
     __m256i total, const uint8_t *header, int zeros, float scale, float less, int64_t n, float *sums) {
@@ -159,8 +146,8 @@ static inline void tw_signed_add(
 
 /* Steps [from, end) of a panel, in groups of `per`, with a row that is given from step `from` on; sums[32] is added to. */
 static __attribute__((noinline)) void tw_signed_groups(
-    const int8_t *codes, const float *row_scales, const int32_t *row_sums, const uint8_t *panel, int64_t from, int64_t end,
-    int64_t per, int zeros, tw_ahead ahead, float *sums) {
+    const int8_t *codes, int wide, const float *row_scales, const int32_t *row_sums, const uint8_t *panel, int64_t from,
+    int64_t end, int64_t per, int zeros, tw_fetch fetch, float *sums) {
     for (int64_t s = from; s < end;) {
         const int64_t group = s / per;
         const uint8_t *const header = panel + TW_GROUPS_BYTES(int8, zeros, group, per);
@@ -168,27 +155,31 @@ static __attribute__((noinline)) void tw_signed_groups(
         for (const int64_t last = tw_smaller((group + 1) * per, end); s < last; s++, step += TW_STEP_BYTES(int8)) {
             __m256i a = _mm256_set1_epi32(*row_sums >> 16), b = a, c = a, d = a;
             const float scale = *row_scales, less = (float)(int16_t)*row_sums;
-            TW_SIGNED_STEP(codes, step, ahead)
+            tw_fetch_some(&fetch);
+            TW_SIGNED_STEP_OF_ANY(codes, step)
             TW_ADD_COLUMNS_Q(tw_signed_add)
             codes += TW_STEP_K * TW_CODE_BYTES_int8, row_scales++, row_sums++;
         }
     }
 }
 
-/* What row `row` of several fetches: its share of the next chunk. */
-static inline tw_ahead tw_signed_ahead(int64_t row, int64_t rows) {
-    return tw_share_ahead(TW_SIGNED_CHUNK * TW_STEP_BYTES(int8), TW_STEP_BYTES(int8) / 64, row, rows);
+/* What row `row` fetches while it goes over a chunk of `steps`: its share of the chunk that lies `next`. */
+static inline tw_fetch tw_signed_fetch(const uint8_t *next, int64_t steps, int64_t row, int64_t rows) {
+    const int64_t lines = TW_CHUNK_int8 * TW_STEP_BYTES(int8) / 64, first = lines * row / rows, end = lines * (row + 1) / rows;
+    return (tw_fetch){next + first * 64, next + end * 64, tw_ceildiv(end - first, steps)};
 }
 
 /* sums[rows][32] += the products with a panel. */
 static inline void tw_product_int8(const tw_quantized *x, const uint8_t *panel, int64_t per, int zeros, float *sums) {
     for (int64_t from = 0, end; from < x->steps; from = end) {
-        end = tw_smaller(from + TW_SIGNED_CHUNK, x->steps);
+        end = tw_smaller(from + TW_CHUNK_int8, x->steps);
+        const uint8_t *const next =
+            panel + TW_GROUPS_BYTES(int8, zeros, end / per, per) + end % per * TW_STEP_BYTES(int8);
         for (int64_t row = 0; row < x->rows; row++) {
             const int64_t at = row * x->steps + from;
             tw_signed_groups(
-                x->codes + at * TW_STEP_K * TW_CODE_BYTES_int8, x->scales + at, x->sums + at, panel, from, end, per, zeros,
-                tw_signed_ahead(row, x->rows), sums + row * TW_PANEL);
+                tw_chunk_codes(x, row, from), x->wide[from / TW_CHUNK_int8 * x->rows + row], x->scales + at, x->sums + at,
+                panel, from, end, per, zeros, tw_signed_fetch(next, end - from, row, x->rows), sums + row * TW_PANEL);
         }
     }
 }
@@ -196,36 +187,25 @@ static inline void tw_product_int8(const tw_quantized *x, const uint8_t *panel, 
 /* totals[rows][32] += the products with a panel that is one group, as integers. */
 static inline void tw_product_whole_int8(const tw_quantized *x, const uint8_t *panel, int32_t *totals) {
     panel += TW_HEADER_BYTES(int8, 0);
-    if (x->rows <= TW_FEW_ROWS_Q) {
-        const int64_t apart = x->steps * TW_STEP_K * TW_CODE_BYTES_int8;
-        TW_SWITCH_ROWS_Q(tw_signed_few_, x->rows, x->codes, apart, panel, x->steps, totals)
-        return;
-    }
     for (int64_t from = 0, end; from < x->steps; from = end) {
-        end = tw_smaller(from + TW_SIGNED_CHUNK, x->steps);
-        const uint8_t *const step = panel + from * TW_STEP_BYTES(int8);
-        const int32_t fits = x->rows < TW_SIGNED_MANY ? -1 : tw_signed_fits(tw_signed_squares(step, end - from));
+        end = tw_smaller(from + TW_CHUNK_int8, x->steps);
+        const uint8_t *const step = panel + from * TW_STEP_BYTES(int8), *const next = panel + end * TW_STEP_BYTES(int8);
+        if (x->rows <= TW_FEW_ROWS_Q) {
+            const int64_t apart = (end - from) * TW_STEP_K * TW_CODE_BYTES_int8;
+            TW_SWITCH_ROWS_Q(tw_signed_few_, x->rows, tw_chunk_codes(x, 0, from), apart, step, end - from, totals)
+            continue;
+        }
         for (int64_t row = 0; row < x->rows; row++) {
-            const int8_t *const codes = x->codes + (row * x->steps + from) * TW_STEP_K * TW_CODE_BYTES_int8;
-            const tw_ahead ahead = tw_signed_ahead(row, x->rows);
-            if (x->squares[row] <= fits) {
-                tw_signed_whole_of_pairs(codes, step, end - from, ahead, totals + row * TW_PANEL);
+            const int8_t *const codes = tw_chunk_codes(x, row, from);
+            const int wide = x->wide[from / TW_CHUNK_int8 * x->rows + row];
+            const tw_fetch fetch = tw_signed_fetch(next, end - from, row, x->rows);
+            if (wide) {
+                tw_signed_whole(codes, wide, step, end - from, fetch, totals + row * TW_PANEL);
             } else {
-                tw_signed_whole(codes, step, end - from, ahead, totals + row * TW_PANEL);
+                tw_signed_whole_of_pairs(codes, 0, step, end - from, fetch, totals + row * TW_PANEL);
             }
         }
     }
-}
-
-/* What the totals of a row lack. */
-static inline int32_t tw_lacking_int8(const tw_quantized *x, int64_t row) {
-    const int32_t *const sums = x->sums + row * x->steps;
-    int32_t lacking = 0;
-#pragma omp simd reduction(+ : lacking)
-    for (int64_t s = 0; s < x->steps; s++) {
-        lacking += sums[s] >> 16;
-    }
-    return lacking;
 }
 
 #endif

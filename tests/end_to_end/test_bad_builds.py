@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,6 @@ import tilewright
 from tilewright import models
 from tilewright.codegen import artifact
 from tilewright.codegen.c import dialect, toolchain
-from tilewright.codegen.cache import Cache
 from tilewright.models.initialize import initialize
 from tilewright.passes.eliminate_dead_code import EliminateDeadCode
 from tilewright.runtime.errors import CompileError, NumericsError, UnsupportedOperator
@@ -200,32 +196,6 @@ def test_zig_builds_what_runs(tmp_path, monkeypatch):
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
-
-COMPILE = """
-import sys, torch
-torch.set_num_threads(1)
-import tilewright
-module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Softmax(-1)).eval()
-torch.nn.init.ones_(module[0].weight), torch.nn.init.ones_(module[0].bias)
-tilewright.compile(module, (torch.ones(2, 4),), output=sys.argv[1], verify="off")
-"""
-
-
-def test_builds_at_the_same_time_share_the_cache(tmp_path):
-    environment = {**os.environ, "TILEWRIGHT_CACHE": str(tmp_path / "cache")}
-    outputs = [tmp_path / name for name in ("a.tw", "b.tw")]
-    builds = [
-        subprocess.Popen([sys.executable, "-c", COMPILE, str(output)], env=environment, stderr=subprocess.PIPE)
-        for output in outputs
-    ]
-    for build in builds:
-        _, errors = build.communicate(timeout=300)
-        assert build.returncode == 0, errors.decode()
-    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert files and not [path for path in files if path.name.startswith("partial-")]
-    cache = Cache(tmp_path / "cache")
-    assert all(cache.get(path.name) is not None for path in files)
-    assert _tree(outputs[0]) == _tree(outputs[1])
 
 
 def test_a_damaged_cache_entry_is_compiled_again(tmp_path, monkeypatch):

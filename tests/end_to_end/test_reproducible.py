@@ -1,4 +1,7 @@
-"""The same input and options give the same bytes, in another process, another directory and another hash order."""
+"""The same input and options give the same bytes, in another process, another directory and another hash order.
+
+Two processes compile at the same time everything that the tests look at: most of their time is starting.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import tilewright
+from tilewright.codegen.cache import Cache
 
 SCRIPT = '''
-"""Compiles a convolutional network for two targets and a transformer for one into the directory of its argument."""
+"""Compiles models into one directory: one through the kernel cache in the other directory, the others without."""
+import os
 import sys
 
 import torch
@@ -50,44 +57,71 @@ class Block(nn.Module):
         return {"logits": x + self.down(F.gelu(self.up(x))), "attention": scores}
 
 
-V3, V4 = "cpu:x86-64-v3", "cpu:x86-64-v4"
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, 8)
+
+    def forward(self, x):
+        return self.head(self.norm(x).sin())
+
+
+V3, V4, GPUS = "cpu:x86-64-v3", "cpu:x86-64-v4", "cuda:sm_80,cuda:sm_90"
 for name, target, module, sample, shapes in (
+    ("cached", V3, Small(), torch.ones(2, 24), None),
     ("cnn", f"{V3},{V4}", Network(), torch.randn(2, 3, 12, 12), {"image": "batch:1..8,3,12,12"}),
     ("transformer", V3, Block(), torch.zeros(2, 6, dtype=torch.int64), {"ids": "batch:1..8,seq:1..32"}),
+    ("gpus", f"{GPUS},{V3}", Small(), torch.ones(3, 24), None),
 ):
+    os.environ["TILEWRIGHT_CACHE"] = sys.argv[2] if name == "cached" else "off"
     tilewright.compile(
         initialize(module, 0), (sample,), output=f"{sys.argv[1]}/{name}.tw", dynamic_shapes=shapes,
-        target=target, verify="off",
+        target=target, verify="off", ptx="cuda" in target,
     )
 '''
 
 
-def test_two_processes_give_the_same_bytes(tmp_path):
-    runs = []
-    for seed, folder in (("1", tmp_path / "a"), ("77", tmp_path / "another" / "place")):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Where two processes have put their artifacts, and the cache of kernels that they shared."""
+    top, runs = tmp_path_factory.mktemp("runs"), []
+    folders = (top / "a", top / "another" / "place")
+    for seed, folder in zip(("1", "77"), folders, strict=True):
         folder.mkdir(parents=True)
         source = folder / "network.py"
         source.write_text(SCRIPT)
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "TILEWRIGHT_CACHE": "off", "TMPDIR": str(folder)}
-        runs.append(
-            subprocess.Popen(
-                [sys.executable, str(source), str(folder)], cwd=folder, env=environment, stderr=subprocess.PIPE
-            )
-        )
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "TMPDIR": str(folder)}
+        command = [sys.executable, str(source), str(folder), str(top / "cache")]
+        runs.append(subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE))
     for run in runs:
         _, errors = run.communicate(timeout=300)
         assert run.returncode == 0, errors.decode()
-    for name, targets in (("cnn.tw", 2), ("transformer.tw", 1)):
-        first, second = tmp_path / "a" / name, tmp_path / "another" / "place" / name
-        files = _files(first)
-        assert files == _files(second)
-        assert sum(path.endswith("model.so") for path in files) == targets
-        for path in files:
-            content = (first / path).read_bytes()
-            assert content == (second / path).read_bytes(), f"{name}/{path} differs"
-            for place in (tmp_path, Path(tilewright.__file__).parent):
-                assert str(place).encode() not in content, f"{name}/{path} names {place}"
-        tilewright.load(first).close()
+    return *folders, top / "cache"
+
+
+@pytest.mark.parametrize(
+    ("name", "libraries", "others"),
+    [("cnn.tw", 2, ()), ("transformer.tw", 1, ()), ("gpus.tw", 1, (".cubin", ".ptx")), ("cached.tw", 1, ())],
+)
+def test_two_processes_give_the_same_bytes(folders, name, libraries, others):
+    first, second, cache = (folder / name for folder in folders)
+    files = _files(first)
+    assert files == _files(second)
+    assert sum(path.endswith("model.so") for path in files) == libraries
+    assert all(any(path.endswith(ending) for path in files) for ending in others)
+    for path in files:
+        content = (first / path).read_bytes()
+        assert content == (second / path).read_bytes(), f"{name}/{path} differs"
+        for place in (cache.parents[1], Path(tilewright.__file__).parent):
+            assert str(place).encode() not in content, f"{name}/{path} names {place}"
+    tilewright.load(first, device="cpu").close()
+
+
+def test_builds_at_the_same_time_share_the_cache(folders):
+    *_, cache = folders
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert files and not [path for path in files if path.name.startswith("partial-")]
+    assert all(Cache(cache).get(path.name) is not None for path in files)
 
 
 def _files(folder: Path) -> list[str]:

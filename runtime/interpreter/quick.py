@@ -23,11 +23,19 @@ NUMBERS = FLOATS | INTEGERS
 MASKS = frozenset((tl.int1.name,))
 WHOLE = slice(None)
 
+
+def _quotient(a: Any, b: Any) -> Any:
+    """Integer division that rounds to zero, as C and Triton have it."""
+    return (a - np.fmod(a, b)) // b
+
+
 ARITHMETIC: dict[str, tuple[Operation, frozenset[str]]] = {
     "__add__": (operator.add, NUMBERS),
     "__sub__": (operator.sub, NUMBERS),
     "__mul__": (operator.mul, NUMBERS),
     "__truediv__": (operator.truediv, FLOATS),
+    "__floordiv__": (_quotient, INTEGERS),
+    "__mod__": (np.fmod, INTEGERS),
     "__and__": (operator.and_, MASKS | INTEGERS),
     "__or__": (operator.or_, MASKS | INTEGERS),
 }

@@ -86,6 +86,31 @@ def test_integers_and_bools(interpret):
     assert after[0].dtype == np.bool_
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_quotients_round_to_zero_and_rests_have_the_sign_of_what_is_divided(interpret, dtype):
+    source = HEAD + (
+        "def k(x, y, z, n, B: tl.constexpr):\n"
+        "    i = tl.arange(0, B)\n"
+        "    a, b = tl.load(x + i), tl.load(y + i)\n"
+        "    tl.store(z + 0 * B + i, a // 3)\n"
+        "    tl.store(z + 1 * B + i, a % 3)\n"
+        "    tl.store(z + 2 * B + i, a // b)\n"
+        "    tl.store(z + 3 * B + i, a % b)\n"
+        "    tl.store(z + 4 * B + i, 100 // b)\n"
+        "    tl.store(z + 5 * B + i, -100 % b)\n"
+        "    tl.store(z + 6 * B + i, a // n)\n"
+        "    tl.store(z + 7 * B + i, n % b)\n"
+    )
+    x = np.arange(-32, 32, dtype=dtype)
+    y = np.where(x % 5 == 0, 7, x % 11 - 12).astype(dtype)
+    z = interpret(source, "k", [x, y, np.zeros((8, 64), dtype)], [9], {"B": 64})[2]
+    pairs = [(x, 3), (x, y), (100, y), (-100, y), (x, 9), (9, y)]
+    quotients = [np.trunc(np.true_divide(a, b)).astype(dtype) for a, b in pairs]
+    rests = [a - b * quotient for (a, b), quotient in zip(pairs, quotients, strict=True)]
+    want = [quotients[0], rests[0], quotients[1], rests[1], quotients[2], rests[3], quotients[4], rests[5]]
+    np.testing.assert_array_equal(z, want)
+
+
 def test_atomics_count_across_programs(interpret):
     source = HEAD + (
         "def k(counters, total, last):\n"

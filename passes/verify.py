@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -49,6 +49,12 @@ def error_of(reference: torch.Tensor, value: torch.Tensor) -> float:
         return float("inf")
     if not reference.is_floating_point():
         return 0.0 if torch.equal(reference, value) else float("inf")
+    if reference.numel() == 0:
+        return 0.0
+    a, b = reference.double(), value.double()
+    difference = float((a - b).abs_().max())
+    if isfinite(difference):  # then all numbers are, and nothing has to be looked at apart
+        return _relative(difference, float(a.abs_().max()))
     finite = reference.isfinite()
     if not torch.equal(reference[~finite].nan_to_num(), value[~finite].nan_to_num()) or not torch.equal(
         reference.isnan(), value.isnan()
@@ -59,8 +65,10 @@ def error_of(reference: torch.Tensor, value: torch.Tensor) -> float:
     a, b = reference[finite].double(), value[finite].double()
     if a.numel() == 0:
         return 0.0
-    difference = float((a - b).abs().max())
-    scale = float(a.abs().max())
+    return _relative(float((a - b).abs().max()), float(a.abs().max()))
+
+
+def _relative(difference: float, scale: float) -> float:
     return 0.0 if difference == 0 else difference / scale if scale else float("inf")
 
 

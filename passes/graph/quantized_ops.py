@@ -64,7 +64,9 @@ def quantize_weight(weight: Tensor, bits: int, group: int, symmetric: bool, sear
 
 def _quantize_rows(weight: Tensor, form: RowFormat, search: bool) -> Tensor:
     count, size = len(weight), form.group_columns
-    whole = torch.nn.functional.pad(weight.float(), (0, form.groups * size - form.columns))
+    whole = weight.float()
+    if form.columns < form.groups * size:
+        whole = torch.nn.functional.pad(whole, (0, form.groups * size - form.columns))
     members = whole.reshape(count * form.groups, size).t()
     if size < _LONG:
         members = members.contiguous()

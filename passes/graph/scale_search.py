@@ -47,7 +47,7 @@ def quantize_groups(weight: Tensor, bits: int, symmetric: bool, search: bool) ->
     Raises:
         CannotQuantize: a number is not finite, or too large for its scale to be a float16.
     """
-    low, high = torch.aminmax(weight, dim=0) if len(weight) else (weight.new_zeros(weight.shape[1]),) * 2
+    low, high = (weight.amin(0), weight.amax(0)) if len(weight) else (weight.new_zeros(weight.shape[1]),) * 2
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise CannotQuantize("it has numbers that are not finite")
     low, high = low.clamp_max(0), high.clamp_min(0)
@@ -58,9 +58,10 @@ def quantize_groups(weight: Tensor, bits: int, symmetric: bool, search: bool) ->
     scale, zero = _representable(fit, bits), None
     if not symmetric:
         zero = _zero(low, scale, bits)
-    codes, error = _round(weight, scale, zero, bits)
+    codes, product = torch.empty_like(weight), torch.empty_like(weight)
+    error = _round(weight, scale, zero, bits, codes, product)
     if search:
-        scale, zero, codes = _search(weight, low, high, bits, (scale, zero, codes, error))
+        scale, zero = _search(weight, low, high, bits, (scale, zero, codes, error), product)
     offset = 8 if bits == 4 and symmetric else 0
     dtype = torch.uint8 if bits == 4 else torch.int8
     if zero is None:
@@ -106,37 +107,45 @@ def _nearest(weight: Tensor, inverse: Tensor, bounds: tuple[Tensor | int, Tensor
     return out.round_().clamp_(*bounds)  # type: ignore[arg-type]
 
 
-def _round(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes counted from the zero point, and the squared error of each group."""
-    codes = _nearest(weight, _inverse(scale), _bounds(zero, bits), torch.empty_like(weight))
-    return codes, (weight - codes * scale).square_().sum(0)
+def _round(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, codes: Tensor, product: Tensor) -> Tensor:
+    """Codes counted from the zero point, which ``codes`` gets, and the squared error of each group.
+
+    New memory for every product would take longer than the arithmetic: ``product`` is overwritten.
+    """
+    _nearest(weight, _inverse(scale), _bounds(zero, bits), codes)
+    torch.mul(codes, scale, out=product)
+    return torch.sub(weight, product, out=product).square_().sum(0)
 
 
 def _search(
-    weight: Tensor, low: Tensor, high: Tensor, bits: int, plain: tuple[Tensor, Tensor | None, Tensor, Tensor]
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What is better than plain rounding, group by group: scales, zero points and codes counted from them."""
+    weight: Tensor, low: Tensor, high: Tensor, bits: int, plain: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    product: Tensor,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What is better than plain rounding, group by group: scales and zero points; the codes become theirs."""
     scale, zero, codes, error = plain
-    tried_scale, tried_zero = _best_candidate(weight, low, high, bits, zero is not None)
-    product = torch.empty_like(weight)
+    found = torch.empty_like(weight)
+    tried_scale, tried_zero = _best_candidate(weight, low, high, bits, zero is not None, found, product)
     for step in range(_REFINEMENTS + 1):
         tried = _representable(tried_scale, bits)
-        found, off = _round(weight, tried, tried_zero, bits)
+        off = _round(weight, tried, tried_zero, bits, found, product)
         better = off < error
         error, scale = torch.where(better, off, error), torch.where(better, tried, scale)
-        codes = torch.where(better, found, codes)
+        torch.where(better, found, codes, out=codes)
         if zero is not None:
             zero = torch.where(better, tried_zero, zero)  # type: ignore[arg-type]
         if step < _REFINEMENTS:
             along, square = torch.mul(weight, found, out=product).sum(0), torch.mul(found, found, out=product).sum(0)
             tried_scale = torch.where(square > 0, along / square, tried)
-    return scale, zero, codes
+    return scale, zero
 
 
 def _best_candidate(
-    weight: Tensor, low: Tensor, high: Tensor, bits: int, with_zero: bool
+    weight: Tensor, low: Tensor, high: Tensor, bits: int, with_zero: bool, numbers: Tensor, product: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The scale (and zero point) of each group with which the codes of one of the candidates explain it best."""
+    """The scale (and zero point) of each group with which the codes of one of the candidates explain it best.
+
+    ``numbers`` and ``product`` are overwritten.
+    """
     shrink = weight.new_tensor(_SHRINK[bits])[:, None]
     if with_zero:
         scales = _fit(low, high, bits) * shrink
@@ -147,13 +156,18 @@ def _best_candidate(
         scales = _fit_symmetric(low, high, bits) * torch.where(high > -low, -1.0, 1.0) * shrink
         zeros = None
         bounds = [_bounds(None, bits)] * len(shrink)
-    inverses, along, square = _inverse(scales), torch.empty_like(scales), torch.empty_like(scales)
-    numbers, product = torch.empty_like(weight), torch.empty_like(weight)
+    inverses = _inverse(scales)
+    scale, explained = torch.zeros_like(low), torch.full_like(low, -1.0)
+    zero = None if zeros is None else zeros[0]
     for index, bound in enumerate(bounds):
         _nearest(weight, inverses[index], bound, numbers)
-        torch.sum(torch.mul(weight, numbers, out=product), 0, out=along[index])
-        torch.sum(torch.mul(numbers, numbers, out=product), 0, out=square[index])
-    # Of sum(w * w), the scale along / square leaves all but along * along / square.
-    best = (along * along / square).nan_to_num_(0.0).argmax(0, keepdim=True)
-    scale = (along / square).nan_to_num_(0.0).gather(0, best)[0]
-    return scale, None if zeros is None else zeros.gather(0, best)[0]
+        along = torch.mul(weight, numbers, out=product).sum(0)
+        square = torch.mul(numbers, numbers, out=product).sum(0)
+        # Of sum(w * w), the scale along / square leaves all but along * along / square.
+        tried = (along / square).nan_to_num_(0.0)
+        less = (along * along / square).nan_to_num_(0.0)
+        better = less > explained
+        explained, scale = torch.where(better, less, explained), torch.where(better, tried, scale)
+        if zeros is not None:
+            zero = torch.where(better, zeros[index], zero)  # type: ignore[arg-type]
+    return scale, zero

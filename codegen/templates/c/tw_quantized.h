@@ -103,7 +103,7 @@ typedef struct {
     float *scales;
     int32_t *sums;
     int32_t *lacking; /* of a row: what its products with all of a panel of 8 bits lack, as integers */
-    uint8_t *wide;    /* [chunks][rows]: bits of the chunk's steps, for TW_SIGNED_SUMS (tw_quantized_signed.h) */
+    uint8_t *wide;    /* [chunks][rows]: for TW_SIGNED_SUMS, see tw_quantized_signed.h */
     int64_t rows, steps;
 } tw_quantized;
 
@@ -235,7 +235,7 @@ static inline void tw_quantize_steps(
                 const int64_t in_chunk = s % TW_CHUNK_int8;
                 uint8_t *const wide = x->wide + s / TW_CHUNK_int8 * x->rows + row;
                 tw_place_codes(placed, kind, 1, tw_chunk_codes(x, row, s - in_chunk) + in_chunk * bytes, sum);
-                *wide = (uint8_t)((in_chunk ? *wide : 0) | tw_wide_codes(placed) << in_chunk);
+                *wide = (uint8_t)((in_chunk ? *wide : 0) | tw_wide_codes(placed));
                 total += *sum >> 16;
             } else {
                 tw_place_codes(placed, kind, tile.rows, codes + s * bytes * tile.rows, sum);

@@ -7,8 +7,8 @@
  * and weights that were made wider first.)
  *
  * Four products rarely come to more than 16 bits, and where they cannot, one instruction less adds them up: where four
- * magnitudes come to 255 at most, 255 * 128 < 2^15. tw_quantize_row notes the steps of a row where they come to more; these
- * are wide. Either way sums are exact.
+ * magnitudes come to 255 at most, 255 * 128 < 2^15. tw_quantize_steps notes the chunks of a row where some come to more;
+ * these are wide. Either way sums are exact.
  *
  * Rows need no tiles: one by one they meet all 32 columns, and weights are operands in memory as the panel holds them.
  * They go over a chunk of the panel that stays in the first-level cache. Meanwhile the next one is fetched, in the order in
@@ -73,28 +73,18 @@ static inline __m256i tw_signed_sum(__m256i sum, __m256i products) {
         TW_KEEP_Q(c, d); \
     }
 
-/* One or the other, where bit 0 of `wide` says that they may not. */
-#define TW_SIGNED_STEP_OF_ANY(codes, step) \
-    if (wide & 1) { \
-        TW_SIGNED_STEP(codes, step) \
-    } else { \
-        TW_SIGNED_STEP_OF_PAIRS(codes, step) \
-    } \
-    wide >>= 1;
-
 /* totals[32] += the products with some steps, as integers, without the correction. */
 #define TW_DEFINE_SIGNED(NAME, STEP) \
     static __attribute__((noinline)) void NAME( \
-        const int8_t *codes, int wide, const uint8_t *step, int64_t steps, tw_fetch fetch, int32_t *totals) { \
+        const int8_t *codes, const uint8_t *step, int64_t steps, tw_fetch fetch, int32_t *totals) { \
         TW_SIGNED_RESUME(totals) \
-        (void)wide; \
         for (int64_t s = 0; s < steps; s++, step += TW_STEP_BYTES(int8), codes += TW_STEP_K * TW_CODE_BYTES_int8) { \
             tw_fetch_some(&fetch); \
             STEP(codes, step) \
         } \
         TW_SIGNED_LEAVE \
     }
-TW_DEFINE_SIGNED(tw_signed_whole, TW_SIGNED_STEP_OF_ANY)
+TW_DEFINE_SIGNED(tw_signed_whole, TW_SIGNED_STEP)
 TW_DEFINE_SIGNED(tw_signed_whole_of_pairs, TW_SIGNED_STEP_OF_PAIRS)
 
 /* The same for a few rows whose codes lie `apart` bytes apart, at the memory's speed: half after half as the panel lies,
@@ -145,23 +135,26 @@ static inline void tw_signed_add(
 }
 
 /* Steps [from, end) of a panel, in groups of `per`, with a row that is given from step `from` on; sums[32] is added to. */
-static __attribute__((noinline)) void tw_signed_groups(
-    const int8_t *codes, int wide, const float *row_scales, const int32_t *row_sums, const uint8_t *panel, int64_t from,
-    int64_t end, int64_t per, int zeros, tw_fetch fetch, float *sums) {
-    for (int64_t s = from; s < end;) {
-        const int64_t group = s / per;
-        const uint8_t *const header = panel + TW_GROUPS_BYTES(int8, zeros, group, per);
-        const uint8_t *step = header + TW_HEADER_BYTES(int8, zeros) + (s - group * per) * TW_STEP_BYTES(int8);
-        for (const int64_t last = tw_smaller((group + 1) * per, end); s < last; s++, step += TW_STEP_BYTES(int8)) {
-            __m256i a = _mm256_set1_epi32(*row_sums >> 16), b = a, c = a, d = a;
-            const float scale = *row_scales, less = (float)(int16_t)*row_sums;
-            tw_fetch_some(&fetch);
-            TW_SIGNED_STEP_OF_ANY(codes, step)
-            TW_ADD_COLUMNS_Q(tw_signed_add)
-            codes += TW_STEP_K * TW_CODE_BYTES_int8, row_scales++, row_sums++;
-        }
+#define TW_DEFINE_SIGNED_GROUPS(NAME, STEP) \
+    static __attribute__((noinline)) void NAME( \
+        const int8_t *codes, const float *row_scales, const int32_t *row_sums, const uint8_t *panel, int64_t from, \
+        int64_t end, int64_t per, int zeros, tw_fetch fetch, float *sums) { \
+        for (int64_t s = from; s < end;) { \
+            const int64_t group = s / per; \
+            const uint8_t *const header = panel + TW_GROUPS_BYTES(int8, zeros, group, per); \
+            const uint8_t *step = header + TW_HEADER_BYTES(int8, zeros) + (s - group * per) * TW_STEP_BYTES(int8); \
+            for (const int64_t last = tw_smaller((group + 1) * per, end); s < last; s++, step += TW_STEP_BYTES(int8)) { \
+                __m256i a = _mm256_set1_epi32(*row_sums >> 16), b = a, c = a, d = a; \
+                const float scale = *row_scales, less = (float)(int16_t)*row_sums; \
+                tw_fetch_some(&fetch); \
+                STEP(codes, step) \
+                TW_ADD_COLUMNS_Q(tw_signed_add) \
+                codes += TW_STEP_K * TW_CODE_BYTES_int8, row_scales++, row_sums++; \
+            } \
+        } \
     }
-}
+TW_DEFINE_SIGNED_GROUPS(tw_signed_groups, TW_SIGNED_STEP)
+TW_DEFINE_SIGNED_GROUPS(tw_signed_groups_of_pairs, TW_SIGNED_STEP_OF_PAIRS)
 
 /* What row `row` fetches while it goes over a chunk of `steps`: its share of the chunk that lies `next`. */
 static inline tw_fetch tw_signed_fetch(const uint8_t *next, int64_t steps, int64_t row, int64_t rows) {
@@ -177,9 +170,9 @@ static inline void tw_product_int8(const tw_quantized *x, const uint8_t *panel, 
             panel + TW_GROUPS_BYTES(int8, zeros, end / per, per) + end % per * TW_STEP_BYTES(int8);
         for (int64_t row = 0; row < x->rows; row++) {
             const int64_t at = row * x->steps + from;
-            tw_signed_groups(
-                tw_chunk_codes(x, row, from), x->wide[from / TW_CHUNK_int8 * x->rows + row], x->scales + at, x->sums + at,
-                panel, from, end, per, zeros, tw_signed_fetch(next, end - from, row, x->rows), sums + row * TW_PANEL);
+            (x->wide[from / TW_CHUNK_int8 * x->rows + row] ? tw_signed_groups : tw_signed_groups_of_pairs)(
+                tw_chunk_codes(x, row, from), x->scales + at, x->sums + at, panel, from, end, per, zeros,
+                tw_signed_fetch(next, end - from, row, x->rows), sums + row * TW_PANEL);
         }
     }
 }
@@ -196,14 +189,9 @@ static inline void tw_product_whole_int8(const tw_quantized *x, const uint8_t *p
             continue;
         }
         for (int64_t row = 0; row < x->rows; row++) {
-            const int8_t *const codes = tw_chunk_codes(x, row, from);
-            const int wide = x->wide[from / TW_CHUNK_int8 * x->rows + row];
-            const tw_fetch fetch = tw_signed_fetch(next, end - from, row, x->rows);
-            if (wide) {
-                tw_signed_whole(codes, wide, step, end - from, fetch, totals + row * TW_PANEL);
-            } else {
-                tw_signed_whole_of_pairs(codes, 0, step, end - from, fetch, totals + row * TW_PANEL);
-            }
+            (x->wide[from / TW_CHUNK_int8 * x->rows + row] ? tw_signed_whole : tw_signed_whole_of_pairs)(
+                tw_chunk_codes(x, row, from), step, end - from, tw_signed_fetch(next, end - from, row, x->rows),
+                totals + row * TW_PANEL);
         }
     }
 }

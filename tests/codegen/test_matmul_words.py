@@ -58,11 +58,11 @@ def packed_kernel(native, kind, n, k, target, compiler="gcc", *, storage=None, s
 @pytest.mark.parametrize(
     ("n", "k", "storage", "stride"),
     [(1, 1, "bfloat16", 1), (33, 170, "bfloat16", 170), (70, 171, "bfloat16", 173), (33, 171, "float32", 200)]
-    + [(40, 100, "bfloat16", 2048)],
+    + [(40, 100, "bfloat16", 2048), (33, 2001, "float32", 2001)],
 )
 @EVERY
 def test_packed_bfloat16(native, target, panel, compiler, n, k, storage, stride):
-    """Rows read in place, of odd length, in float32, and a multiple of 4 KB apart; NaNs beyond them are not read."""
+    """Rows read in place, of odd length, in float32, long, a multiple of 4 KB apart; NaNs beyond them are not read."""
     if compiler == "zig" and stride != 170:
         pytest.skip("one shape is enough for the second compiler")
     kernel = packed_kernel(native, "bfloat16", n, k, target, compiler, storage=storage, stride=stride, panel=panel)

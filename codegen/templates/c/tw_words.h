@@ -143,6 +143,10 @@ static inline tw_shorts tw_odd_signed(tw_words w) { return (tw_shorts)w >> 8; }
     TW_IN_HALVES(ROWS, TW_LOAD_HALF_int8(even), TW_STEP_EVEN_int8, TW_LOAD_HALF_int8(odd), TW_STEP_ODD_int8)
 #endif
 
+/* How far ahead of a step a panel's words are fetched: with few rows a step takes less time than memory does, with
+ * many the panel is in cache from the tile before. */
+#define TW_FAR_WORDS (32 * TW_PANEL)
+
 /* sums[r][0..2*TW_LANES) (+)= sum over k < depth of the words a[r*stride + k] times b[k*32 + ...]; resume: continue. */
 #define TW_WORD_POINTER(r) const uint32_t *const a##r = a + r * stride;
 #define TW_DEFINE_WORDS(KIND, SUM, ROWS) \
@@ -151,7 +155,10 @@ static inline tw_shorts tw_odd_signed(tw_words w) { return (tw_shorts)w >> 8; }
         TW_REPEAT_##ROWS(TW_WORD_POINTER) \
         TW_REPEAT_##ROWS(TW_ZERO_##KIND) \
         if (resume) { TW_REPEAT_##ROWS(TW_RESUME_##KIND) } \
-        for (int64_t k = 0; k < depth; k++, b += TW_PANEL) { TW_STEPS_##KIND(ROWS) } \
+        for (int64_t k = 0; k < depth; k++, b += TW_PANEL) { \
+            if (ROWS <= 4) __builtin_prefetch(b + TW_FAR_WORDS, 0, 3); \
+            TW_STEPS_##KIND(ROWS) \
+        } \
         TW_REPEAT_##ROWS(TW_FINISH_##KIND) \
     }
 #define TW_DEFINE_bf16(ROWS) TW_DEFINE_WORDS(bf16, float, ROWS)

@@ -14,15 +14,19 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import tilewright
+from tilewright.compiler.driver import Compilation
 from tilewright.compiler.frontends.decoder import load_decoder, open_checkpoint, open_module
 from tilewright.compiler.frontends.decoder_families import FAMILIES, Fields
 from tilewright.compiler.frontends.decoder_samples import step_inputs
-from tilewright.compiler.options import Task
+from tilewright.compiler.options import CompileOptions, Task
 from tilewright.compiler.sources import load_source, open_source
 from tilewright.models import registry
 from tilewright.models.decoder import Config, Decoder
 from tilewright.models.rotary import LinearScaling, Llama3Scaling
-from tilewright.passes.graph.cache_ops import BLOCK
+from tilewright.passes.graph.cache_ops import BLOCK, CACHE_APPEND
+from tilewright.passes.graph.query import calls
+from tilewright.passes.graph.regions import body, is_region
+from tilewright.passes.verify import STORED, own_tolerance, tolerances_of
 from tilewright.runtime.errors import ArtifactError, SourceError, UsageError
 
 torch.set_num_threads(1)
@@ -305,6 +309,17 @@ def test_what_the_manifest_says(checkpoint, tmp_path):
     assert loaded.files == {"tokenizer.json": folder / "tokenizer.json"}
     with pytest.raises(UsageError, match="a context of 129 positions is too long: the model has 128"):
         open_checkpoint(folder, Task(context=129), lambda dtype: dtype)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("auto", STORED), ("fp32", STORED), ("bf16", 4e-2)])
+def test_a_cache_in_bfloat16_is_no_reason_for_the_tolerance_of_bfloat16(checkpoint, precision, limit):
+    compilation = Compilation(CompileOptions(task=Task("generate", cache="bf16", context=100), precision=precision))
+    (captured,) = compilation.capture(checkpoint("qwen3")[0])
+    assert tolerances_of(captured, compilation.precision["cpu"])[0] == limit
+    (lowered,) = compilation.rewrite([captured])[0]["cpu"]
+    kernels = [node for node in lowered.graph.nodes if is_region(node, "kernel")]
+    appends = [node for node in kernels if list(calls(body(node).graph, (CACHE_APPEND,)))]
+    assert len(appends) == 4 and {own_tolerance(node, compilation.precision["cpu"]) for node in appends} == {limit}
 
 
 def test_tokenizers_are_read_before_anything_is_compiled(checkpoint, tmp_path):

@@ -161,6 +161,30 @@ def test_a_token_has_the_same_bits_in_any_company(native, target, compiler, bf16
     np.testing.assert_array_equal(paged(step, q, window), whole)
 
 
+@pytest.mark.sanitize
+@BOTH
+@CACHES
+def test_single_tokens_of_many_sequences(native, target, bf16):
+    """Heads of a sequence follow each other then: the same bits as alone, in any order of the units; faults as ever."""
+    lengths, shared, group, d = [(300, 1), (0, 0), (33, 1), (1, 1), (200, 1)], 3, 2, 24
+    paged = Paged(native, shared, group, d, target, bf16=bf16)
+    for padding in (0, 1):
+        step = Step(lengths, shared, d, bf16, padding=padding)
+        q = step.queries(shared * group, d)
+        whole = paged(step, q)
+        check(whole, paged.expected(step, q))
+        units = paged_units(len(q), len(lengths), shared, group)
+        cuts = [(unit, min(unit + 4, units)) for unit in range(0, units, 4)]
+        np.testing.assert_array_equal(paged(step, q, 0, cuts[::-1]), whole)
+        for sequence in (0, 2, 3, 4):
+            alone, where = step.part(sequence, 0, 1)
+            np.testing.assert_array_equal(paged(alone, q[where]), whole[where])
+    step.table[4, 0] = -1
+    fault, got = paged.run(step, q)
+    assert fault == 1
+    np.testing.assert_array_equal(got[:3], whole[:3])
+
+
 @BOTH
 def test_few_tokens_see_nothing(native, target):
     """A context that ends before a token hides what follows; without any position the result is zero."""

@@ -72,6 +72,8 @@ def main() -> None:
         for case in cases:
             limit = limits["read"] if is_read(case) else limits.get(case.dtype, limits["float32"])
             amount = case.flops if isinstance(case, Case) or not case.reads else case.bytes
+            if isinstance(case, Quantized):
+                timed(build(case.before.source, target, Path(folder)), case.before.arrays, case.before.units, 1)
             kernel = build(case.source, target, Path(folder))
             line = f"{case.name:34}"
             for count in counts:

@@ -1,13 +1,14 @@
 """Products with quantized weights for ``benchmarks.kernels``: one row in bytes of weights, more rows in operations.
 
-Kernels are those that an artifact gets: a layer goes through the passes and the lowering. Activations are quantized in
-the kernel, as on any CPU by default. PyTorch multiplies the same weights in float32; its bytes, too, are those of the
-quantized weights.
+Kernels are those that an artifact gets: a layer goes through the passes and the lowering. Activations are quantized, as
+on any CPU by default, in a step before, which is not measured. PyTorch multiplies the same weights in float32; its
+bytes, too, are those of the quantized weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,14 @@ SHAPES = (  # name, rows, columns of the result, terms
 )
 
 
+class Launch(NamedTuple):
+    """A kernel's source and arguments."""
+
+    source: str
+    arrays: list[np.ndarray]
+    units: int
+
+
 class Quantized:
     """One product: what ``benchmarks.kernels`` measures."""
 
@@ -46,14 +55,21 @@ class Quantized:
         PassManager(pipeline(fusion_roles("cpu"), "cpu")).run(program)
         kernels, constants = KernelTable(), ConstantTable()
         lowered = lower(program, kernels, constants, FAMILIES)
-        ((kernel,), (step,)) = kernels.kernels, lowered.draft.steps
-        (variant,) = step.variants
-        self.source = kernel.text.replace(kernel.name, "kernel")
-        self.units = sizes.evaluate(variant.units, {})
         packed = [constant.load() for constant in constants.constants]
         self.bytes = sum(array.nbytes for array in packed)
+        (buffer,) = lowered.draft.buffers
         given = {"input": [x.numpy()], "constant": packed, "output": [np.empty((m, n), np.float32)]}
-        self.arrays = [given[ref.kind][ref.index] for ref in variant.operands]
+        given["buffer"] = [np.empty(sizes.evaluate(buffer.bytes, {}), np.uint8)]
+        before, product = (
+            Launch(
+                kernel.text.replace(kernel.name, "kernel"),
+                [given[ref.kind][ref.index] for ref in step.variants[0].operands],
+                sizes.evaluate(step.variants[0].units, {}),
+            )
+            for kernel, step in zip(kernels.kernels, lowered.draft.steps, strict=True)
+        )
+        self.before = before
+        self.source, self.arrays, self.units = product
         weight = dequantize(layer.rows, *layer.form)
         self.torch_call: Callable[[], object] = lambda: nn.functional.linear(x, weight)
 

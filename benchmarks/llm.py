@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3600.0, help="time for this run; stages that do not fit wait")
     parser.add_argument("--rounds", type=int, default=6, help="turns of every contender at every workload")
     parser.add_argument("--turn", type=float, default=1.0, help="seconds of a turn; one step at least")
-    parser.add_argument("--starts", type=int, default=5, help="new processes per contender")
+    parser.add_argument("--starts", type=int, default=5, help="new processes per contender; 0 for none")
     parser.add_argument("--state", type=Path, default=Path("build/llm-benchmark.json"), help="what was measured so far")
     parser.add_argument("--work", type=Path, help="folder for artifacts, which stay (default: temporary)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON")

@@ -40,7 +40,7 @@ class Bench:
         threads: of every contender.
         turn: seconds of a contender's turn; one step at least.
         rounds: turns of every contender at every workload.
-        starts: new processes per contender, besides one that fills the page cache.
+        starts: new processes per contender, besides one that fills the page cache; 0 for none at all.
         deadline: when to stop, by the monotonic clock.
     """
 
@@ -75,7 +75,7 @@ class Bench:
             if not self.done(kind, names, asked):
                 self.require_time(self.about(len(built), len(asked)))
                 self.state.record(self.name("time", kind), self.time(names, built, asked))
-        if not covers(self.state.results.get(self.name("start")), names):
+        if self.starts and not covers(self.state.results.get(self.name("start")), names):
             self.require_time(START_SECONDS * len(built) * (self.starts + 1))
             self.state.record(self.name("start"), self.start(names, built))
 

@@ -73,6 +73,25 @@ def test_block(compiled, spec):
             assert np.median(error) < 1e-5 and error.max() < (2e-5 if spec[3] < 0 else 2e-2)
 
 
+def test_operand_that_is_also_added(compiled):
+    """Rows are quantized in a step before; the product reads them, and the operand itself only where it adds it."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Quantized(64, 64, 8, 0), Quantized(64, 64, 4, 32, activations=32)
+
+        def forward(self, x, y):
+            return self.first(x * 2) + x, self.second(y * 2) + x
+
+    torch.manual_seed(2)
+    module, given = Residual(), (torch.randn(5, 64), torch.randn(5, 64))
+    model = compiled(module, given)
+    assert [step.family for step in model.artifact.plans["main"].steps] == ["quantize", "quantized"] * 2
+    for got, expected in zip(model(*(x.numpy() for x in given)), module(*given), strict=True):
+        np.testing.assert_allclose(got, expected.detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
 def test_index_outside_the_table(compiled):
     class Rows(nn.Module):
         def __init__(self):

@@ -6,8 +6,10 @@ Two processes compile at the same time everything that the tests look at: most o
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tilewright
+from tilewright.compiler.capture import capture
 from tilewright.models.initialize import initialize
 
 torch.set_num_threads(1)
@@ -78,33 +81,55 @@ for name, target, module, sample, shapes in (
         initialize(module, 0), (sample,), output=f"{sys.argv[1]}/{name}.tw", dynamic_shapes=shapes,
         target=target, verify="off", ptx="cuda" in target,
     )
+
+module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()).eval()
+program = capture("main", module, (torch.ones(1, 3, 8, 8),), shapes={"input": "batch:1..4,3,2*h:4..9,w:8..16"})
+for node in program.graph.nodes:
+    print(node.format_node(), getattr(node.meta.get("val"), "shape", node.meta.get("val")), node.meta.get("source"))
+print(program.inputs, program.symbols, program.guards, program.results)
 '''
 
 
+@dataclass(frozen=True)
+class Runs:
+    """Where two processes have put their artifacts, what each printed, and the cache of kernels that they shared."""
+
+    first: Path
+    second: Path
+    cache: Path
+    printed: tuple[str, str]
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Where two processes have put their artifacts, and the cache of kernels that they shared."""
-    top, runs = tmp_path_factory.mktemp("runs"), []
-    folders = (top / "a", top / "another" / "place")
-    for seed, folder in zip(("1", "77"), folders, strict=True):
+def runs(tmp_path_factory):
+    """Two processes that have run the script at the same time."""
+    top, started = tmp_path_factory.mktemp("runs"), []
+    first, second, cache = top / "a", top / "another" / "place", top / "cache"
+    for seed, folder in (("1", first), ("77", second)):
         folder.mkdir(parents=True)
         source = folder / "network.py"
         source.write_text(SCRIPT)
         environment = {**os.environ, "PYTHONHASHSEED": seed, "TMPDIR": str(folder)}
-        command = [sys.executable, str(source), str(folder), str(top / "cache")]
-        runs.append(subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE))
-    for run in runs:
-        _, errors = run.communicate(timeout=300)
-        assert run.returncode == 0, errors.decode()
-    return *folders, top / "cache"
+        command = [sys.executable, str(source), str(folder), str(cache)]
+        started.append(
+            subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    printed = []
+    for run in started:
+        text, errors = run.communicate(timeout=300)
+        assert run.returncode == 0, errors
+        printed.append(text)
+    return Runs(first, second, cache, tuple(printed))
 
 
 @pytest.mark.parametrize(
     ("name", "libraries", "others"),
     [("cnn.tw", 2, ()), ("transformer.tw", 1, ()), ("gpus.tw", 1, (".cubin", ".ptx")), ("cached.tw", 1, ())],
 )
-def test_two_processes_give_the_same_bytes(folders, name, libraries, others):
-    first, second, cache = (folder / name for folder in folders)
+def test_two_processes_give_the_same_bytes(runs, name, libraries, others):
+    first, second = runs.first / name, runs.second / name
     files = _files(first)
     assert files == _files(second)
     assert sum(path.endswith("model.so") for path in files) == libraries
@@ -112,16 +137,21 @@ def test_two_processes_give_the_same_bytes(folders, name, libraries, others):
     for path in files:
         content = (first / path).read_bytes()
         assert content == (second / path).read_bytes(), f"{name}/{path} differs"
-        for place in (cache.parents[1], Path(tilewright.__file__).parent):
+        for place in (runs.cache.parent, Path(tilewright.__file__).parent):
             assert str(place).encode() not in content, f"{name}/{path} names {place}"
     tilewright.load(first, device="cpu").close()
 
 
-def test_builds_at_the_same_time_share_the_cache(folders):
-    *_, cache = folders
-    files = [path for path in cache.rglob("*") if path.is_file()]
+def test_two_processes_capture_the_same_program(runs):
+    first, second = runs.printed
+    assert first == second
+    assert "batch" in first and not re.search(r"\bs\d+\b", first), "the exporter's own symbols leaked"
+
+
+def test_builds_at_the_same_time_share_the_cache(runs):
+    files = [path for path in runs.cache.rglob("*") if path.is_file()]
     assert files and not [path for path in files if path.name.startswith("partial-")]
-    assert all(Cache(cache).get(path.name) is not None for path in files)
+    assert all(Cache(runs.cache).get(path.name) is not None for path in files)
 
 
 def _files(folder: Path) -> list[str]:

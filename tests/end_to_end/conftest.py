@@ -128,7 +128,7 @@ def _mobilenet_in_small(patch: pytest.MonkeyPatch) -> Case:
 def _unet_in_small(patch: pytest.MonkeyPatch) -> Case:
     patch.setattr(unet, "CHANNELS", 12)
     patch.setattr(unet, "DEPTH", 2)
-    return _image(unet.UNet(), 32, 1, 3, gain=RELU_GAIN)
+    return replace(_image(unet.UNet(), 32, 1, 3, gain=RELU_GAIN), large=True)
 
 
 def _vit_in_small(patch: pytest.MonkeyPatch) -> Case:
@@ -143,7 +143,7 @@ def _bert_in_small(patch: pytest.MonkeyPatch) -> Case:
         patch.setattr(bert, name, value)
     args, kwargs = bert.example()
     shapes = {"input_ids": "batch:1..8,seq:1..64", "attention_mask": "batch,seq", "token_type_ids": "batch,seq"}
-    return Case(bert.build(), args, kwargs, shapes, ({"batch": 1, "seq": 1}, {"batch": 3, "seq": 61}))
+    return Case(bert.build(), args, kwargs, shapes, ({"batch": 1, "seq": 1}, {"batch": 3, "seq": 61}), large=True)
 
 
 CASES: dict[str, Callable[[pytest.MonkeyPatch], Case]] = {

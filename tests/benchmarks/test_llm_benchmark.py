@@ -212,6 +212,32 @@ def test_turns(benchmark):
     assert positions[-2:] == [units.PROMPT + units.ROOM, units.PROMPT + 1]  # begins again where the room ends
 
 
+def test_single_steps_beside_the_limit(benchmark):
+    turns, units = benchmark("llm_turns"), benchmark("llm_units")
+    calls = []
+
+    class Fake:
+        def append(self, new, at):
+            calls.append((new, at))
+
+        def facts(self):
+            return {"weight_bytes": 1000 - 2 * (units.PROMPT + 1), "cache_bytes": 1}
+
+        def rate(self, threads):
+            calls.append(threads)
+            return 1e9
+
+    builds = [turns.Build(name, Fake()) for name in ("old", "new")]
+    text = list(range(units.PROMPT + units.ROOM))
+    assert turns.take_turns(builds, Fake(), 3, text, 2, 0.0) == [1e9]
+    assert sorted(map(str, calls)) == sorted(["3", *[str(([[units.PROMPT]] * 2, units.PROMPT))] * 2])
+    builds[0].times, builds[1].times = [2e-6], [1.25e-6]
+    first, old, new = turns.report(builds, [1e9], 2).splitlines()
+    assert first == "limit: 1.0 GB/s (1.0..1.0)"
+    assert old.startswith("old: 0.00 ms, 50.0% of the limit beside it, 1.000 ")
+    assert new.startswith("new: 0.00 ms, 80.0% of the limit beside it, 0.625 ")
+
+
 def test_checkpoint_and_gguf_hold_the_same_weights(benchmark, tmp_path):
     gguf = pytest.importorskip("gguf")
     units, checkpoints, writing = benchmark("llm_units"), benchmark("llm_checkpoint"), benchmark("llm_gguf")

@@ -87,6 +87,13 @@ def _sanitizers() -> None:
         toolchain.check_portable = lambda library: None
 
 
+@pytest.fixture(scope="module")
+def small_programs() -> Iterator[None]:
+    """PyTorch looks up shapes of earlier operators, which takes longer than computing those of small programs."""
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        yield
+
+
 @pytest.fixture(scope="session")
 def isolate() -> Callable[[Program], Program]:
     """One region per operator: the program as it is, without any pass."""

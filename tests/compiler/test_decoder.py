@@ -31,6 +31,8 @@ from tilewright.runtime.errors import ArtifactError, SourceError, UsageError
 
 torch.set_num_threads(1)
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 CONTEXT = 128
 SMALL = dict(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,

@@ -20,6 +20,8 @@ from tilewright.runtime.errors import ArtifactError, SourceError, UsageError
 
 torch.set_num_threads(1)
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 SMALL = dict(
     hidden_size=32,
     num_hidden_layers=1,

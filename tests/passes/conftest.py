@@ -23,10 +23,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _operators_of_small_programs_are_not_remembered():
-    """PyTorch looks up shapes of earlier operators, which takes longer than computing those of programs this small."""
-    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
-        yield
+def _small(small_programs):
+    """Programs of these tests are small."""
 
 
 def pytest_addoption(parser):

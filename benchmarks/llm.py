@@ -12,9 +12,10 @@ random numbers. A contender is a process of its own on the same processors with 
 those that wait are stopped. Every contender's logits are compared with float32 PyTorch's before it is timed.
 
 Decoding begins behind a prompt of 128 tokens in every sequence. A step has to read all weights (of the embedding only
-the tokens' rows) and the caches of the positions that it sees; that and its arithmetic stand beside the processor's
-limits, which are measured in turns of their own. ``llama-1b`` needs 17 GB of disk and 9 GB of memory; building takes
-10 minutes, timing 5. Exit codes: 0, 1 where something failed or was cut off by ``--seconds``, 2 wrong usage.
+the tokens' rows) and the caches of the positions that it sees (of bfloat16 beside quantized weights, of float16 in
+llama.cpp); that and its arithmetic stand beside the processor's limits, which are measured in turns of their own.
+``llama-1b`` needs 17 GB of disk and 16 GB of memory; building takes 10 minutes, timing 8. Exit codes: 0, 1 where
+something failed or was cut off by ``--seconds``, 2 wrong usage.
 """
 
 from __future__ import annotations

@@ -30,12 +30,14 @@ def build_llama_cpp(format: str, model: str, folder: Path, threads: int) -> Path
 
 
 def build_tilewright(format: str, model: str, folder: Path, threads: int) -> Path:
-    """An artifact for generating text."""
+    """An artifact for generating text; beside quantized weights the cache is of 16 bits, as llama.cpp's is."""
     from tilewright.compiler import driver
+    from tilewright.compiler.options import Task
 
-    options = {"precision": format} if format in ("fp32", "bf16") else {"quantize": format}
+    plain = format in ("fp32", "bf16")
+    task = Task("generate", cache="auto" if plain else "bf16")
     output = folder / f"model.{format}.tw"
-    driver.compile(folder, output=output, task="generate", verify="off", **options)
+    driver.compile(folder, output=output, task=task, verify="off", **{"precision" if plain else "quantize": format})
     return output
 
 

@@ -180,7 +180,7 @@ class Bench:
                 measured = statistics_of(answers) | {"kernels": kernels.get((name, workload_name), [])}
                 found[name].setdefault("workloads", {})[workload_name] = measured
         middle = {name: median_of(items) for name, items in rates.items()}
-        return {"systems": found, "limits": middle}
+        return {"systems": found, "limits": middle, "limit_turns": rates}
 
     def start(self, names: Sequence[str], built: Sequence[str]) -> dict[str, Any]:
         """New processes up to their first token, in turns; the first of each only fills the page cache."""

@@ -23,7 +23,8 @@ class Speed:
         rate: tokens per second.
         bytes: that a step has to read: weights once, and the caches of the positions that it sees.
         operations: multiplications and additions of a step.
-        read_share: bytes per second as a share of what the processor reads.
+        read_share: bytes per second as a share of what the processor reads: the median over turns, each beside the
+            same round's limit, as machines drift.
         arithmetic_share: operations per second as a share of the limit for the contender's arithmetic; ``None``
             where the processor has no such limit.
         turns: the median milliseconds of every turn.
@@ -62,7 +63,10 @@ def speed(results: Results, model: str, contender: str, workload: str) -> Speed 
         rate=asked.tokens / seconds,
         bytes=read,
         operations=operations,
-        read_share=read / seconds / limits["read"],
+        read_share=statistics.median(
+            read / (ms / 1e3) / turn["read"]
+            for ms, turn in zip(found["turns"], stage["limit_turns"][workload], strict=False)
+        ),
         arithmetic_share=operations / seconds / limit if limit else None,
         turns=found["turns"],
     )

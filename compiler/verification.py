@@ -140,6 +140,7 @@ def expect(
     # Each program's weights are other ones: those before it may go, and it reads its own once for all cases.
     every = run_together(model, sets)
     for (sizes, _), one, got in zip(cases, every, run_together(before, sets), strict=True):
+        _warn_of_nothing(reference, one)
         found.passes.extend(_errors(found, sizes, one, got, tolerances_of(model)))
     give_back()
     wanted, limits = run_together(target, sets), tolerances_of(target, precision)

@@ -178,7 +178,7 @@ def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Quantize activations symmetrically to int8.
 
     The scale is ``max|x| / 127``; a code is ``x * (127 / max|x|)`` rounded half to even. What is smaller than
-    ``SMALLEST_ROW`` throughout gets scale 0 and codes 0.
+    ``SMALLEST_ROW`` throughout gets scale 0 and codes 0; what has a NaN, the scale NaN.
 
     Args:
         x: float32 ``[..., columns]``, finite.
@@ -192,7 +192,7 @@ def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     groups = -(-columns // size)
     parts = torch.nn.functional.pad(x, (0, groups * size - columns)).unflatten(-1, (groups, size))
     largest = parts.abs().amax(-1) if parts.numel() else x.new_zeros(parts.shape[:-1])
-    counts = largest > SMALLEST_ROW
+    counts = ~(largest <= SMALLEST_ROW)
     # Divided, as kernels do: a number over a tensor is its reciprocal times the number, which is rounded twice.
     inverse = torch.where(counts, torch.full_like(largest, 127.0) / largest, 0.0)
     return (parts * inverse.unsqueeze(-1)).round_().to(torch.int8), torch.where(counts, largest / 127.0, 0.0)

@@ -60,8 +60,16 @@ START = {"seconds": 0.4, "low": 0.3, "high": 0.5, "peak_bytes": 800e6, "cache_to
 RESULTS = {
     f"build/llama-1b/{INT4}": {"seconds": 60.0, "bytes": 640e6},
     f"build/llama-1b/{Q4_0}": {"error": "no memory"},
-    "time/llama-1b/decode": {"systems": DECODE, "limits": {"decode-1": LIMITS, "decode-16": LIMITS}},
-    "time/llama-1b/prompt": {"systems": PROMPTS, "limits": {"prompt-128": LIMITS}},
+    "time/llama-1b/decode": {
+        "systems": DECODE,
+        "limits": {"decode-1": LIMITS, "decode-16": LIMITS},
+        "limit_turns": {"decode-1": [LIMITS] * 3, "decode-16": [LIMITS] * 3},
+    },
+    "time/llama-1b/prompt": {
+        "systems": PROMPTS,
+        "limits": {"prompt-128": LIMITS},
+        "limit_turns": {"prompt-128": [LIMITS] * 3},
+    },
     "start/llama-1b": {"systems": {INT4: START}},
 }
 
@@ -85,6 +93,19 @@ def test_arithmetic_and_bytes(benchmark):
     assert ratios.speed(RESULTS, "llama-1b", Q8_0, "decode-1") is None
     assert ratios.ratio(RESULTS, "llama-1b", "decode-1", INT4, Q8_0) is None
     assert ratios.fastest(RESULTS, "llama-1b", "prompt-128", "llama.cpp") == Q4_0
+
+
+def test_shares_are_of_the_limit_of_the_same_round(benchmark):
+    """A machine that becomes half as fast and then twice as fast does not change them."""
+    stage = RESULTS["time/llama-1b/decode"]
+    slower = {"turns": [16.0, 32.0, 8.0, 8.0], "ms": 12.0}
+    decode = {INT4: system(600e6, decode_1=timed(16.0, 200) | slower)}
+    limits = {"decode-1": [{"read": rate} for rate in (40e9, 20e9, 80e9, 80e9)]}
+    drifting = {"time/llama-1b/decode": {**stage, "systems": decode, "limit_turns": limits}}
+    before, after = (
+        benchmark("llm_ratios").speed(results, "llama-1b", INT4, "decode-1") for results in (RESULTS, drifting)
+    )
+    assert after.read_share == pytest.approx(before.read_share) and after.rate > before.rate
 
 
 def test_goals(benchmark):

@@ -84,9 +84,9 @@ class SymbolTable:
             )
         if name == "CeilDiv":
             return sizes.ceildiv(self._translate(args[0]), self._translate(args[1]))
-        if name == "Max":
+        if name in ("Max", "Or"):  # a relation is 1 where it holds, and else 0
             return sizes.maximum(*map(self._translate, args))
-        if name == "Min":
+        if name in ("Min", "And"):
             return sizes.minimum(*map(self._translate, args))
         if name == "floor" and isinstance(args[0], sympy.Mul | sympy.Add):
             numerator, denominator = sympy.fraction(sympy.together(args[0]))

@@ -53,6 +53,8 @@ _VALUE: dict[str, Callable[..., int]] = {
     "StrictLessThan": lambda a, b: int(a < b),
     "GreaterThan": lambda a, b: int(a >= b),
     "StrictGreaterThan": lambda a, b: int(a > b),
+    "Or": lambda *xs: int(any(xs)),
+    "And": lambda *xs: int(all(xs)),
 }
 
 
@@ -123,6 +125,8 @@ def holds(guard: sympy.Basic, values: Mapping[sympy.Symbol, int]) -> bool:
 def _relations(node: ast.expr, size: SizeOf) -> list[sympy.Basic]:
     if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And):
         return [relation for part in node.values for relation in _relations(part, size)]
+    if isinstance(node, ast.BoolOp):  # one holds, as where sizes are equal or one of them is 1
+        return [sympy.Or(*(sympy.And(*_relations(part, size)) for part in node.values))]
     if isinstance(node, ast.Compare):
         sides = [_expression(side, size) for side in (node.left, *node.comparators)]
         return [

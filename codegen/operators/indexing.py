@@ -151,8 +151,8 @@ def _index_copy(region: Region, node: fx.Node, a: Value, dim: int, ids: Value, s
     def at(index: tuple[Size, ...], mask: Mask) -> Expr:
         used = frozenset().union(*(builder.free_size(position) for position in index))
         name = region.kernel.bound_variable("j", count, used)
-        target = ids.at((name,) if ids.shape else (), mask)
-        hit = builder.call("eq", "bool", target, builder.index(index[dim]))
+        target = region.kernel.dynamic(ids.at((name,) if ids.shape else (), mask), a.shape[dim])
+        hit = builder.call("eq", "bool", builder.index(target), builder.index(index[dim]))
         place = builder.call("where", "int64", hit, builder.index(name), builder.const(-1, "int64"))
         last = builder.reduce("max", ((name, count),), place, "int64")
         found = builder.call("ge", "bool", last, builder.const(0, "int64"))

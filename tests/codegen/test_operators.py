@@ -221,6 +221,22 @@ def test_indices_count_from_the_end_where_pytorch_lets_them(compiled, assert_sam
             model(inputs[0].numpy(), np.array(rows * 3), np.array(elements * 3).T.copy())
 
 
+@pytest.mark.sanitize
+def test_a_row_that_cannot_be_copied_to_is_reported(compiled, assert_same):
+    from tilewright.runtime.errors import InputError
+
+    class Copy(nn.Module):
+        def forward(self, x, ids, rows):
+            return x.index_copy(0, ids, rows)
+
+    inputs = (torch.randn(5, 3), torch.tensor([4, 0, 4]), torch.randn(3, 3))
+    model = compiled(Copy(), inputs)
+    assert_same(model, Copy(), inputs)
+    for outside in (5, -1):
+        with pytest.raises(InputError, match="out of range"):
+            model(inputs[0].numpy(), np.array([1, outside, 2]), inputs[2].numpy())
+
+
 def test_a_constant_index_outside_its_table_is_reported(compiled):
     from tilewright.runtime.errors import InputError
 

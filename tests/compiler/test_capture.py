@@ -452,6 +452,20 @@ def test_divisibility_over_two_dimensions_becomes_a_guard():
     assert not all(holds(guard, {n: 4, m: 2}) for guard in program.guards)
 
 
+def test_sizes_that_are_equal_or_one():
+    """What broadcasting assumes: true of sizes that are declared as one, else it is checked."""
+    module = module_of(lambda self, x, y: torch.einsum("bij,bjk->bik", x, y))
+    inputs, y = (torch.randn(2, 3, 4), torch.randn(2, 4, 5)), "b,4,5"
+    program = capture("main", module, inputs, shapes={"x": "b:1..8,i:1..8,4", "y": y})
+    assert program.guards == ()
+    assert_agrees(program, module, *inputs)
+    a, b = sympy.symbols("a b", integer=True)
+    (guard,) = parse_guard("L['x'].size()[0] == 1 or 3 <= L['x'].size()[0] <= L['y'].size()[0]", lambda path, axis: {
+        "L['x']": a, "L['y']": b}[path])  # fmt: skip
+    assert [n for n in range(1, 7) if holds(guard, {a: n, b: 4})] == [1, 3, 4]
+    assert essential([guard], {a: (1, 4), b: (4, 9)}) == (guard,) and essential([guard], {a: (3, 4), b: (4, 9)}) == ()
+
+
 def test_branches_on_sizes_ask_for_a_narrower_range():
     module = module_of(lambda self, x: x * 2 if x.shape[0] > 4 else x)
     with pytest.raises(UsageError, match="Declare n as n:5..64"):

@@ -57,10 +57,10 @@ def error_of(reference: torch.Tensor, value: torch.Tensor) -> float:
         return 0.0 if torch.equal(reference, value) else float("inf")
     if reference.numel() == 0:
         return 0.0
-    a, b = reference.double(), value.double()
+    a, b = reference.detach().double(), value.detach().double()  # float64 is not copied
     difference = float((a - b).abs_().max())
     if isfinite(difference):  # then all numbers are, and nothing has to be looked at apart
-        return _relative(difference, float(a.abs_().max()))
+        return _relative(difference, float(a.abs().max()))
     finite = reference.isfinite()
     if not torch.equal(reference[~finite].nan_to_num(), value[~finite].nan_to_num()) or not torch.equal(
         reference.isnan(), value.isnan()

@@ -13,6 +13,8 @@ def test_error_is_relative_to_the_largest_reference():
     reference = torch.tensor([0.0, -4.0, 2.0])
     assert error_of(reference, reference + torch.tensor([0.0, 0.0, 1.0])) == 0.25
     assert error_of(reference, reference) == 0.0
+    exact = torch.tensor([-1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    assert error_of(exact, exact + 0.5) == 0.25 and exact.tolist() == [-1.0, 2.0]
 
 
 @pytest.mark.parametrize(

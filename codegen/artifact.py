@@ -152,7 +152,7 @@ def write_artifact(
             files.append(_write(folder, f"{TRITON_SOURCES}/{path}", (content,)))
         for path, source in sorted((copies or {}).items()):
             files.append(_write(folder, path, (source.read_bytes(),)))
-        files.append(_write(folder, weight_files.FILE_NAME, _weights(layout, constants, progress)))
+        files.append(_write(folder, weight_files.FILE_NAME, _blocks(_weights(layout, constants, progress))))
         weights = Weights(weight_files.FILE_NAME, layout.id, layout.size)
         producer = f"tilewright {__version__}"
         manifest = Manifest(FORMAT_VERSION, producer, tuple(entries), tuple(listed), weights, tuple(files), dict(info))
@@ -263,10 +263,10 @@ def _write(folder: Path, path: str, parts: Iterable[bytes | memoryview]) -> File
     digest = hashlib.sha256()
     size = 0
     with open(place, "xb") as file:
-        for block in _blocks(parts):
-            file.write(block)
-            digest.update(block)
-            size += len(block)
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+            size += len(part)
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(path, size, digest.hexdigest())

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..passes.graph.program import Program
-from ..passes.graph.query import SMALL
+from ..passes.graph.query import SMALL, attribute
 from ..passes.graph.regions import body, is_region
 from ..passes.graph.scale_search import CannotQuantize
 from ..runtime.errors import CompileError
@@ -119,7 +119,7 @@ class ConstantTable:
 def recipe_of(program: Program, node: fx.Node) -> Recipe:
     """The recipe of a constant: a ``get_attr`` node or a region of kind ``"constant"`` over such."""
     if node.op == "get_attr":
-        tensor = _attribute(program.module, str(node.target))
+        tensor = attribute(program.module, node.target)
         source = str(node.meta.get("source", node.target))
         return Recipe(
             _identity(tensor, source, source == node.target), (source,), source, dtype_name(tensor.dtype),
@@ -133,7 +133,7 @@ def recipe_of(program: Program, node: fx.Node) -> Recipe:
     text = _meaning(module.graph)
     label = "+".join(sources[:4]) if sources else str(node.target)
     own = tuple(
-        _identity(_attribute(module, str(inner.target)), str(inner.target), True)
+        _identity(attribute(module, inner.target), str(inner.target), True)
         for inner in module.graph.nodes
         if inner.op == "get_attr"
     )
@@ -183,11 +183,3 @@ def is_constant(node: fx.Node) -> bool:
 def unique(items: Sequence[Storage]) -> list[Storage]:
     """Storages in order, each once."""
     return list({id(item): item for item in items}.values())
-
-
-def _attribute(module: torch.nn.Module, target: str) -> torch.Tensor:
-    value: object = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    assert isinstance(value, torch.Tensor)
-    return value

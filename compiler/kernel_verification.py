@@ -18,12 +18,12 @@ from torch import fx
 
 from ..passes.graph.program import Program
 from ..passes.graph.regions import body, is_region
+from ..passes.graph.together import run_together
 from ..passes.verify import STORED, TOLERANCES, error_of, own_tolerance
 from ..runtime.entry import Entry
 from ..runtime.plan import Plan, Ref
 from .copies import late_constants
 from .roundings import follow_roundings, rounded_linear
-from .together import run_together
 
 
 @dataclass(frozen=True)

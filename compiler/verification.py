@@ -25,6 +25,7 @@ import torch
 from ..passes.base import Report
 from ..passes.graph.float_activations import rounds_activations
 from ..passes.graph.program import Program
+from ..passes.graph.together import run_together
 from ..passes.verify import error_of, tolerances_of
 from ..passes.widen_floats import WidenFloats
 from ..runtime.artifact import read_artifact
@@ -36,7 +37,6 @@ from .copies import late_constants, reference_of
 from .kernel_verification import KernelError, array_of, follow, tensor_of
 from .quantization import Watch, deviation, names_of_outputs
 from .samples import assignments, make_inputs, sample_sizes
-from .together import run_together
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..runtime.errors import CompileError, NumericsError
 from .graph.cache_ops import CACHE_APPEND
 from .graph.edit import fake_mode, faking, same_size, value_of
-from .graph.float_activations import InFloat, rounds_activations
+from .graph.float_activations import rounds_activations
 from .graph.printer import show_operator, show_type
 from .graph.program import Program
-from .graph.query import is_assertion
+from .graph.query import attribute, is_assertion
 from .graph.regions import body, is_region
+from .graph.together import run_together
 
 # The one table of tolerances: the largest error of an output by its dtype. Integers and booleans must be equal.
 TOLERANCES: dict[torch.dtype, float] = {
@@ -40,12 +41,13 @@ STORED = 4e-3
 def run_eager(program: Program) -> tuple[Any, ...]:
     """The outputs on the program's sample inputs; the same random numbers every time, the caller's left untouched.
 
-    Activations of quantized products are not rounded (:class:`InFloat`), so that outputs are smooth in what passes do.
+    Activations of quantized products are not rounded (``float_activations.py``), so that outputs are smooth in what
+    passes do.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if rounds_activations(program):
-            return InFloat.of(program, program.sample)
+            return run_together(program, [program.sample], in_float=True)[0]
         return program.run(program.sample)
 
 
@@ -298,10 +300,7 @@ def _check_shapes(module: fx.GraphModule) -> None:
 
 def _recompute(node: fx.Node) -> Any:
     if node.op == "get_attr":
-        value: Any = node.graph.owning_module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return value
+        return attribute(node.graph.owning_module, node.target)
     if node.op == "call_module":
         nested = body(node)
         for operand, placeholder in zip(node.args, nested.graph.find_nodes(op="placeholder"), strict=True):

@@ -125,10 +125,15 @@ def tensor_of(node: Any) -> torch.Tensor | None:
     """The tensor behind a weight or constant node; None for anything computed."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
-    value: Any = node.graph.owning_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
+    value = attribute(node.graph.owning_module, node.target)
     return value if isinstance(value, torch.Tensor) else None
+
+
+def attribute(module: Any, target: Any) -> Any:
+    """What a module has under a dotted name."""
+    for part in str(target).split("."):
+        module = getattr(module, part)
+    return module
 
 
 def scalar_of(value: Any) -> int | float | bool | None:

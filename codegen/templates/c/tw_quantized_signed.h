@@ -158,7 +158,8 @@ TW_DEFINE_SIGNED_GROUPS(tw_signed_groups_of_pairs, TW_SIGNED_STEP_OF_PAIRS)
 
 /* What row `row` fetches while it goes over a chunk of `steps`: its share of the chunk that lies `next`. */
 static inline tw_fetch tw_signed_fetch(const uint8_t *next, int64_t steps, int64_t row, int64_t rows) {
-    const int64_t lines = TW_CHUNK_int8 * TW_STEP_BYTES(int8) / 64, first = lines * row / rows, end = lines * (row + 1) / rows;
+    const int64_t lines = TW_CHUNK_int8 * TW_STEP_BYTES(int8) / 64;
+    const int64_t first = lines * row / rows, end = lines * (row + 1) / rows;
     return (tw_fetch){next + first * 64, next + end * 64, tw_ceildiv(end - first, steps)};
 }
 

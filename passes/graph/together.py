@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..passes.graph.match import aten
-from ..passes.graph.program import Program
-from ..passes.graph.quantized_ops import QUANTIZED_LINEAR
-from ..passes.graph.query import is_pure, is_random
-from ..passes.graph.regions import body, is_region
+from .float_activations import in_float_arguments
+from .match import aten
+from .program import Program
+from .quantized_ops import QUANTIZED_LINEAR
+from .query import attribute, is_pure, is_random
+from .regions import body, is_region
 
 _BY_ROWS = (aten.linear.default, QUANTIZED_LINEAR)
 """Products whose first operand's rows are independent of each other."""
@@ -68,7 +69,7 @@ class _Together:
             if node.op == "placeholder":
                 env[node] = next(given)
             elif node.op == "get_attr":
-                env[node] = _attribute(module, str(node.target))
+                env[node] = attribute(module, node.target)
             else:
                 env[node] = self._call(node, env)
             for used in done[node]:
@@ -87,7 +88,7 @@ class _Together:
         assert callable(node.target), f"{node.name} calls {node.target}"
         args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
         if node.target is QUANTIZED_LINEAR and self._in_float:
-            args = (*args[:-1], -1)
+            args = in_float_arguments(args)
         if not differs and is_pure(node) and not is_random(node):
             return node.target(*args, **kwargs)
         if node.target in _BY_ROWS and isinstance(args[0], _Each) and not kwargs and not _differ(args[1:]):
@@ -130,10 +131,3 @@ def _of(value: Any, number: int) -> Any:
 def _joined(value: Any, count: int) -> Any:
     """One value of a structure of values: a tuple is not looked into where it is used."""
     return _Each([_of(value, number) for number in range(count)]) if _differ(value) else value
-
-
-def _attribute(module: torch.nn.Module, target: str) -> Any:
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

@@ -78,14 +78,14 @@ def verify(
         if not as_json:
             click.echo(f"{artifact}: {count} files, {show_bytes(size)}: all digests match")
     if not integrity or source is not None or kernels:
-        outputs, steps, missing = _compare(opened, source, shapes, inputs, kernels, device, threads, quiet)
+        outputs, steps, parts = _compare(opened, source, shapes, inputs, kernels, device, threads, quiet)
         found["outputs"] = [_plain(item) for item in outputs]
         if kernels or steps:
-            found |= {"kernels": [_plain(item) for item in steps], "kernels_not_compared": missing}
+            found |= {"kernels": [_plain(item) for item in steps], "kernels_compared_with_later_ones": parts}
         if as_json:
             emit_json(found)
         else:
-            _show(outputs, steps, missing, kernels or bool(steps))
+            _show(outputs, steps, parts, kernels or bool(steps))
         _require(outputs, steps)
     elif as_json:
         emit_json(found)
@@ -95,7 +95,7 @@ def _compare(
     opened: Artifact, source: str | None, shapes: tuple[str, ...], inputs: str | None, kernels: bool, device: str,
     threads: int | None, quiet: bool,
 ) -> tuple[list[Any], list[Any], int]:  # fmt: skip
-    """Errors per output, errors per kernel, and how many steps had no counterpart in the graph."""
+    """Errors per output, errors per kernel, and how many steps are a part of what a later one is compared as."""
     from ...runtime.errors import UsageError
     from ...runtime.model import load
 
@@ -134,7 +134,7 @@ def _compare(
             compilation.release()
             outputs: list[Any] = []
             steps: list[Any] = []
-            missing = 0
+            parts = 0
             for one in expected:
                 name = one.lowered.name
                 progress("outputs", name)
@@ -145,9 +145,9 @@ def _compare(
                     progress("kernel results", name)
                     results = verify_kernels(entry, one.lowered, one.precision)
                 if results:
-                    missing += len(entry.plan.steps) - len({item.step for item in results})
+                    parts += len(entry.plan.steps) - len({item.step for item in results})
                 steps += results
-    return outputs, steps, missing
+    return outputs, steps, parts
 
 
 def _options(opened: Artifact, kind: str) -> CompileOptions:
@@ -243,7 +243,7 @@ def _require_same_inputs(program: Program, plan: Plan, source: str) -> None:
         raise UsageError("{} takes {}; the artifact was compiled from a model that takes {}".format(source, *shown))
 
 
-def _show(outputs: Sequence[Any], steps: Sequence[Any], missing: int, kernels: bool) -> None:
+def _show(outputs: Sequence[Any], steps: Sequence[Any], parts: int, kernels: bool) -> None:
     heading("Outputs against eager PyTorch")
     rows = [
         (item.entry, item.output, show_sizes(item.sizes), f"{item.error:.2e}", f"{item.tolerance:.0e}", _verdict(item))
@@ -258,8 +258,8 @@ def _show(outputs: Sequence[Any], steps: Sequence[Any], missing: int, kernels: b
         for item in steps
     ]
     table(("step", "kernel", "node", "error", "allowed", ""), rows, "rllrrl")
-    if missing:
-        note(f"{missing} steps write nothing that has a name in the graph; they were not compared one by one")
+    if parts:
+        note(f"{parts} steps prepare what a later kernel reads, as quantized rows; they were compared as its part")
 
 
 def _require(outputs: Sequence[Any], steps: Sequence[Any]) -> None:

@@ -116,7 +116,7 @@ def test_goals(benchmark):
     assert found == {
         f"decoding, {INT4}: share of the read bandwidth": (0.941, 0.92, True),
         f"decoding, {INT8}: share of the read bandwidth": (1.002, 0.92, True),
-        f"decoding, {INT4} to {Q4_K_M}": (1.25, 1.5, False),
+        f"decoding, {INT4} to {Q4_K_M} (at the read limit it would be 1.33)": (1.25, 1.5, False),
         f"decoding, {INT4} to {Q4_0}": (1.25, 0.97, True),
         f"decoding, {INT4}: batch 16 to batch 1": (4.0, 4.0, True),
         f"prompt of 128, {INT4} to {Q4_K_M}": (2.0, 2.0, True),

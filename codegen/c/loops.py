@@ -221,7 +221,7 @@ def _pointwise(draft: _Draft) -> Body:
         axes, roots, stores = merge(kernel, axes, roots, stores)
     vector = axes[-1]
     most = sizes.bounds(vector.extent, kernel.ranges)[1]
-    if most > 2 * CHUNK:
+    if most >= 2 * CHUNK:
         chunk = kernel.variable("chunk", sizes.ceildiv(vector.extent, CHUNK))
         inner = kernel.variable("e", CHUNK)
         place = sizes.add(sizes.mul(chunk, CHUNK), inner)

@@ -52,7 +52,7 @@ IN_UNITS_OF_X = {
     "gelu": (by_torch(torch.nn.functional.gelu), 2.0),
     "gelu_tanh": (by_torch(lambda x: torch.nn.functional.gelu(x, approximate="tanh")), 3.0),
 }
-VECTOR_FUNCTIONS = [*UNARY, *IN_UNITS_OF_X, "exp_nonpositive", "sign"]
+VECTOR_FUNCTIONS = [*UNARY, *IN_UNITS_OF_X, "exp_nonpositive", "exp_minus_abs", "sign"]
 BINARY = ["pow", "maximum", "minimum", "fmod", "remainder", "floordiv"]
 SCALAR = ["fmod", "remainder", "floordiv"]
 INTEGER = ["maximum", "minimum", "truncdiv", "fmod", "remainder", "floordiv", "pow"]
@@ -165,6 +165,12 @@ def test_exp_of_nonpositive(call):
     with np.errstate(all="ignore"):
         exact = np.where(x < np.float32(-87.3), 0, np.exp(x.astype(np.float64)))
     assert ulps(call("exp_nonpositive_f32", x), exact).max() <= 1.0
+
+
+def test_exp_of_minus_a_magnitude(call):
+    """The bits of exp, subnormal results among them."""
+    x = np.concatenate([floats(seed=10), np.linspace(-110, 110, 100_001, dtype=np.float32)])
+    np.testing.assert_array_equal(call("exp_minus_abs_f32", x), call("exp_f32", -np.abs(x)))
 
 
 def test_signs_of_zeros(call):

@@ -35,10 +35,9 @@ static inline float tw_scale_f32(float x, int32_t n) {
     return x * tw_from_bits_f32((uint32_t)(half + 127) << 23) * tw_from_bits_f32((uint32_t)(n - half + 127) << 23);
 }
 
-/* 1 ULP */
-static inline float tw_exp_f32(float x) {
-    x = x > 89.0f ? 89.0f : x;
-    x = x < -104.0f ? -104.0f : x;
+/* exp(x) = p 2^n for -104 <= x <= 89, n in the lowest bits of `shifted`. */
+typedef struct { float p; uint32_t shifted; } tw_exp_parts;
+static inline tw_exp_parts tw_exp_split_f32(float x) {
     const float shifted = __builtin_fmaf(x, TW_LOG2E_HIGH, TW_SHIFT), n = shifted - TW_SHIFT;
     float r = __builtin_fmaf(n, -TW_LN2_HIGH, x);
     r = __builtin_fmaf(n, -TW_LN2_LOW, r);
@@ -46,23 +45,28 @@ static inline float tw_exp_f32(float x) {
     p = __builtin_fmaf(r, p, 0x1.5558f2p-5f);
     p = __builtin_fmaf(r, p, 0x1.555492p-3f);
     p = __builtin_fmaf(r, p, 0x1.fffffcp-2f);
-    p = __builtin_fmaf(r * r, p, r) + 1.0f;
-    return tw_scale_f32(p, (int32_t)(tw_bits_f32(shifted) - tw_bits_f32(TW_SHIFT)));
+    return (tw_exp_parts){__builtin_fmaf(r * r, p, r) + 1.0f, tw_bits_f32(shifted)};
+}
+
+/* 1 ULP */
+static inline float tw_exp_f32(float x) {
+    x = x > 89.0f ? 89.0f : x;
+    x = x < -104.0f ? -104.0f : x;
+    const tw_exp_parts s = tw_exp_split_f32(x);
+    return tw_scale_f32(s.p, (int32_t)(s.shifted - tw_bits_f32(TW_SHIFT)));
+}
+
+/* exp(-|x|), the same bits at a third less: no factor is subnormal when the first one is 2^(n + 64). */
+static inline float tw_exp_minus_abs_f32(float x) {
+    const float minus = -fabsf(x);
+    const tw_exp_parts s = tw_exp_split_f32(minus < -104.0f ? -104.0f : minus);
+    return s.p * tw_from_bits_f32((s.shifted << 23) + 0x5f800000u) * 0x1p-64f;
 }
 
 /* 1 ULP; for x <= 0 only, and 0 below -87.3 where exp is subnormal: what a softmax needs, at a third less. */
 static inline float tw_exp_nonpositive_f32(float x) {
-    const float low = x < -87.3f ? -87.3f : x;
-    const float shifted = __builtin_fmaf(low, TW_LOG2E_HIGH, TW_SHIFT), n = shifted - TW_SHIFT;
-    float r = __builtin_fmaf(n, -TW_LN2_HIGH, low);
-    r = __builtin_fmaf(n, -TW_LN2_LOW, r);
-    float p = __builtin_fmaf(r, 0x1.6a23d0p-10f, 0x1.123a20p-7f);
-    p = __builtin_fmaf(r, p, 0x1.5558f2p-5f);
-    p = __builtin_fmaf(r, p, 0x1.555492p-3f);
-    p = __builtin_fmaf(r, p, 0x1.fffffcp-2f);
-    p = __builtin_fmaf(r * r, p, r) + 1.0f;
-    p *= tw_from_bits_f32((tw_bits_f32(shifted) << 23) + 0x3f800000u);
-    return x < -87.3f ? 0.0f : p;
+    const tw_exp_parts s = tw_exp_split_f32(x < -87.3f ? -87.3f : x);
+    return x < -87.3f ? 0.0f : s.p * tw_from_bits_f32((s.shifted << 23) + 0x3f800000u);
 }
 
 /* 1 ULP */
@@ -172,7 +176,7 @@ static inline float tw_tanh_f32(float x) {
 
 /* 2.5 ULP */
 static inline float tw_sigmoid_f32(float x) {
-    const float e = tw_exp_f32(-fabsf(x));
+    const float e = tw_exp_minus_abs_f32(x);
     return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
@@ -181,7 +185,7 @@ static inline float tw_silu_f32(float x) { return x * tw_sigmoid_f32(x); }
 
 /* log(1 + exp(x)), 2 ULP; torch.nn.functional.softplus with beta and threshold is an expression around it */
 static inline float tw_softplus_f32(float x) {
-    return (x < 0.0f ? 0.0f : x) + tw_log1p_f32(tw_exp_f32(-fabsf(x)));
+    return (x < 0.0f ? 0.0f : x) + tw_log1p_f32(tw_exp_minus_abs_f32(x));
 }
 
 /* 1.5 ULP. z + z P(z^2) below 0.89; 1 - exp(P(z)) above, P fitted to log(erfc) where it matters for erf, up to 3.93. */

@@ -14,6 +14,7 @@ from ...passes.graph.cache_ops import CACHE_APPEND
 from ...passes.graph.query import arguments
 from ...runtime import sizes
 from ...runtime.errors import CompileError
+from ...runtime.sizes import Size
 from ..anchors import find_anchor
 from ..kernel import KernelCode
 from ..regions import Frame, Made, Task
@@ -22,6 +23,7 @@ from .row_pieces import row_pieces
 
 TARGETS = frozenset((CACHE_APPEND,))
 TILE = 16  # tokens of a unit
+LINE = 64  # bytes of a cache line
 
 
 def cache_append_family(task: Task) -> Sequence[Made]:
@@ -56,7 +58,7 @@ def _build(work: Anchored) -> KernelCode:
         family="cache_append",
         units=sizes.mul(heads, sizes.ceildiv(tokens, TILE)),
         flops=0,
-        bytes=sizes.mul(tokens, heads, length, 4 + (2 if cache.dtype == "bfloat16" else 4)),
+        bytes=sizes.mul(heads, length, _bytes_per_column(tokens, table.shape[0], cache.dtype, given["transposed"])),
         HEADS=heads,
         TOKENS=c_size(tokens),
         SEQUENCES=c_size(table.shape[0]),
@@ -70,3 +72,17 @@ def _build(work: Anchored) -> KernelCode:
         rows=row_pieces(work, rows, ("t", "h")),
         **work.pointers("positions", "starts", "table"),
     )
+
+
+def _bytes_per_column(tokens: Size, sequences: Size, dtype: str, transposed: object) -> Size:
+    """Bytes that move for one column of one head, of all tokens.
+
+    Where rows are transposed a token writes to a line of its own for every column, which is read before and written back:
+    a step of single tokens is worth two threads from the first one on. Tokens of a prompt share lines.
+    """
+    item = 2 if dtype == "bfloat16" else 4
+    if not transposed:
+        return sizes.mul(tokens, 4 + item)
+    beside = LINE // item  # tokens of a sequence in one line
+    lines = sizes.minimum(tokens, sizes.add(sizes.floordiv(tokens, beside), sizes.mul(sequences, 2)))
+    return sizes.add(sizes.mul(tokens, 4), sizes.mul(lines, 2 * LINE))

@@ -14,8 +14,8 @@ typedef float tw_kind_float; /* elements of caches */
 typedef uint16_t tw_kind_half;
 typedef uint32_t tw_words_anywhere __attribute__((vector_size(TW_LANES * 4), aligned(2), may_alias));
 
-/* Two vectors of columns. Those of bfloat16 are the even and the odd ones of their neighbours, which takes a load and two
- * instructions; sums are brought into the same order when a product begins, and back when it ends. */
+/* Two vectors of columns. Those of bfloat16 are the even and the odd ones of their neighbours, which takes a load and
+ * two instructions; sums are brought into the same order when a product begins, and back when it ends. */
 #define TW_LOAD_PAIR_float(p, first, second) const tw_vec first = tw_load(p), second = tw_load((p) + TW_LANES);
 #define TW_LOAD_PAIR_half(p, even, odd) \
     const tw_words_anywhere even##_and_odd = *(const tw_words_anywhere *)(p); \
@@ -84,7 +84,8 @@ static inline void tw_store_turns(float *to, tw_vec even, tw_vec odd) {
     TW_FETCH(4 * TW_LANES) \
     TW_REPEAT_##ROWS(TW_STEP_OF_FOUR)
 #define TW_SCALE_PAIR_float(r, at, first, second) \
-    first = tw_load(sums + r * pitch + (at)) * factors[r], second = tw_load(sums + r * pitch + (at) + TW_LANES) * factors[r];
+    first = tw_load(sums + r * pitch + (at)) * factors[r]; \
+    second = tw_load(sums + r * pitch + (at) + TW_LANES) * factors[r];
 #define TW_KEEP_PAIR_float(r, at, first, second) \
     tw_store(sums + r * pitch + (at), first), tw_store(sums + r * pitch + (at) + TW_LANES, second);
 #define TW_SCALE_PAIR_half(r, at, even, odd) \

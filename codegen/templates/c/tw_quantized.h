@@ -27,8 +27,8 @@
 
 /* Most rows of a tile, and bytes of an activation's code, by the weights that it meets. */
 #if TW_LANES == 16
-#define TW_ROWS_int4 8
-#define TW_ROWS_int8 8
+#define TW_ROWS_int4 6
+#define TW_ROWS_int8 6
 #define TW_CODE_BYTES_int8 1
 #else
 #define TW_ROWS_int4 6 /* 6 x 2 sums, 2 vectors of weights, 1 broadcast, 1 product, of 16 registers */

@@ -36,13 +36,7 @@ typedef __m512i tw_q;
 #define TW_SIGN_Q(a, sign) _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(sign), _mm512_setzero_si512(), a)
 #define TW_FLOAT_Q(a) ((tw_vec)_mm512_cvtepi32_ps(a))
 #define TW_KEEP_Q(a, b) __asm__("" : "+v"(a), "+v"(b))
-#define TW_FOR_EACH_ROWS_Q(X, KIND) X(KIND, 1) X(KIND, 2) X(KIND, 3) X(KIND, 4) X(KIND, 5) X(KIND, 6) X(KIND, 7) X(KIND, 8)
-#define TW_SWITCH_ROWS_Q(function, rows, ...) \
-    switch (rows) { \
-        TW_CASE(function, 1, __VA_ARGS__) TW_CASE(function, 2, __VA_ARGS__) TW_CASE(function, 3, __VA_ARGS__) \
-        TW_CASE(function, 4, __VA_ARGS__) TW_CASE(function, 5, __VA_ARGS__) TW_CASE(function, 6, __VA_ARGS__) \
-        TW_CASE(function, 7, __VA_ARGS__) TW_CASE(function, 8, __VA_ARGS__) \
-    }
+#define TW_NEAR_Q _MM_HINT_T1 /* the cache into which chunks of panels are fetched */
 #else
 #define TW_HALVES 2
 typedef __m256i tw_q;
@@ -58,6 +52,9 @@ typedef __m256i tw_q;
 #define TW_WIDEN_Q(a) _mm256_madd_epi16(a, _mm256_set1_epi16(1))
 #define TW_FLOAT_Q(a) ((tw_vec)_mm256_cvtepi32_ps(a))
 #define TW_KEEP_Q(a, b) __asm__("" : "+x"(a), "+x"(b))
+#define TW_NEAR_Q _MM_HINT_T0
+#endif
+
 #define TW_FEW_ROWS_Q 4 /* rows that meet a panel as it lies */
 #define TW_FOR_EACH_ROWS_Q(X, KIND) X(KIND, 1) X(KIND, 2) X(KIND, 3) X(KIND, 4)
 #define TW_SWITCH_ROWS_Q(function, rows, ...) \
@@ -65,7 +62,6 @@ typedef __m256i tw_q;
         TW_CASE(function, 1, __VA_ARGS__) TW_CASE(function, 2, __VA_ARGS__) \
         TW_CASE(function, 3, __VA_ARGS__) TW_CASE(function, 4, __VA_ARGS__) \
     }
-#endif
 
 static inline int32_t tw_word_q(const int8_t *p) {
     int32_t word;
@@ -92,6 +88,23 @@ static inline tw_ahead tw_share_ahead(int64_t bytes, int64_t lines, int64_t t, i
 /* Tile t of `tiles`. */
 static inline tw_ahead tw_ahead_of(int64_t t, int64_t tiles, int64_t step_bytes) {
     return tw_share_ahead(TW_AHEAD_Q, step_bytes / TW_HALVES / 64, t, tiles);
+}
+
+/* Memory that is fetched a few lines at a time. */
+typedef struct {
+    const uint8_t *at, *end;
+    int64_t lines;
+} tw_fetch;
+
+/* A tile's part of what comes next, `bytes` from `next` on, when `tiles` go over `steps` steps. */
+static inline tw_fetch tw_fetch_of(const uint8_t *next, int64_t bytes, int64_t steps, int64_t t, int64_t tiles) {
+    const int64_t lines = tw_ceildiv(tw_ceildiv(bytes, 64), TW_HALVES * steps * tiles);
+    return (tw_fetch){next + t * TW_HALVES * steps * lines * 64, next + bytes, lines};
+}
+static inline void tw_fetch_some(tw_fetch *fetch) {
+    for (int64_t line = 0; line < fetch->lines && fetch->at < fetch->end; line++, fetch->at += 64) {
+        _mm_prefetch((const char *)fetch->at, TW_NEAR_Q);
+    }
 }
 
 /* Sums of row r: two vectors side by side. The barrier keeps compilers from adding products to each other first, which
@@ -218,16 +231,18 @@ TW_FOR_EACH_ROWS_Q(TW_DEFINE_Q, int8)
 TW_FOR_EACH_ROWS_Q(TW_DEFINE_WHOLE, int8)
 #endif
 
-#if TW_LANES == 8
+#if TW_LANES == 16
+#include "tw_quantized_held.h"
+#define TW_MANY_ROWS_Q(what) tw_held_##what
+#else
 #include "tw_quantized_tiles.h"
+#define TW_MANY_ROWS_Q(what) tw_spread_##what
+#endif
 #define TW_IF_MANY_ROWS(product, ...) \
     if (x->rows > TW_FEW_ROWS_Q) { \
-        product(__VA_ARGS__); \
+        TW_MANY_ROWS_Q(product)(__VA_ARGS__); \
         return; \
     }
-#else
-#define TW_IF_MANY_ROWS(product, ...)
-#endif
 
 /* sums[rows][32] += the products with a panel, for any number of rows. Where there are several tiles, they go over a
  * number of steps that stays in the first-level cache. */
@@ -235,7 +250,7 @@ TW_FOR_EACH_ROWS_Q(TW_DEFINE_WHOLE, int8)
 #define TW_DEFINE_PRODUCT_Q(KIND) \
     static inline void tw_product_##KIND( \
         const tw_quantized *x, const uint8_t *panel, int64_t per, int zeros, float *sums) { \
-        TW_IF_MANY_ROWS(tw_spread_product_##KIND, x, panel, per, zeros, sums) \
+        TW_IF_MANY_ROWS(product_##KIND, x, panel, per, zeros, sums) \
         const int64_t tiles = tw_ceildiv(x->rows, TW_ROWS_##KIND), chunk = tiles > 1 ? TW_CHUNK_Q : x->steps; \
         for (int64_t from = 0, end; from < x->steps; from = end) { \
             end = tw_smaller(from + chunk, x->steps); \
@@ -255,6 +270,7 @@ TW_DEFINE_PRODUCT_Q(int8)
 
 /* totals[rows][32] += the products with a panel that is one group, as integers. */
 static inline void tw_product_whole_int8(const tw_quantized *x, const uint8_t *panel, int32_t *totals) {
+    TW_IF_MANY_ROWS(product_whole_int8, x, panel, totals)
     const int64_t tiles = tw_ceildiv(x->rows, TW_ROWS_int8), chunk = tiles > 1 ? TW_CHUNK_Q : x->steps;
     for (int64_t from = 0, end; from < x->steps; from = end) {
         end = tw_smaller(from + chunk, x->steps);

@@ -49,23 +49,6 @@ static inline void tw_spread_half_int4(const uint8_t *from, uint8_t *to) {
     }
 TW_DEFINE_SPREAD(int4)
 
-/* Memory that is fetched a few lines at a time. */
-typedef struct {
-    const uint8_t *at, *end;
-    int64_t lines;
-} tw_fetch;
-
-/* A tile's part of what comes next, `bytes` from `next` on, when `tiles` go over `steps` steps of two halves. */
-static inline tw_fetch tw_fetch_of(const uint8_t *next, int64_t bytes, int64_t steps, int64_t t, int64_t tiles) {
-    const int64_t lines = tw_ceildiv(tw_ceildiv(bytes, 64), 2 * steps * tiles);
-    return (tw_fetch){next + t * 2 * steps * lines * 64, next + bytes, lines};
-}
-static inline void tw_fetch_some(tw_fetch *fetch) {
-    for (int64_t line = 0; line < fetch->lines && fetch->at < fetch->end; line++, fetch->at += 64) {
-        _mm_prefetch((const char *)fetch->at, _MM_HINT_T0);
-    }
-}
-
 #define TW_ROW_AT_int4(r) TW_TERMS_Q(r, word, TW_DOT_int4, 0, 1)
 
 /* The sums of a step's half. */

@@ -27,7 +27,7 @@
 
 /* Most rows of a tile, and bytes of an activation's code, by the weights that it meets. */
 #if TW_LANES == 16
-#define TW_ROWS_int4 6
+#define TW_ROWS_int4 6 /* 6 x 4 sums, 4 vectors of weights, 1 broadcast, 2 constants, of 32 registers */
 #define TW_ROWS_int8 6
 #define TW_CODE_BYTES_int8 1
 #else

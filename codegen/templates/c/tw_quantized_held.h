@@ -104,11 +104,12 @@
         TW_REPEAT_##ROWS(TW_LEAVE_WHOLE) \
     }
 
-#define TW_FOR_EACH_HELD(X, KIND) X(KIND, 1) X(KIND, 2) X(KIND, 3) X(KIND, 4) X(KIND, 5) X(KIND, 6)
+/* Five rows and more make tiles of 3 to 6. */
+#define TW_FOR_EACH_HELD(X, KIND) X(KIND, 3) X(KIND, 4) X(KIND, 5) X(KIND, 6)
 #define TW_SWITCH_HELD(function, rows, ...) \
     switch (rows) { \
-        TW_CASE(function, 1, __VA_ARGS__) TW_CASE(function, 2, __VA_ARGS__) TW_CASE(function, 3, __VA_ARGS__) \
-        TW_CASE(function, 4, __VA_ARGS__) TW_CASE(function, 5, __VA_ARGS__) TW_CASE(function, 6, __VA_ARGS__) \
+        TW_CASE(function, 3, __VA_ARGS__) TW_CASE(function, 4, __VA_ARGS__) \
+        TW_CASE(function, 5, __VA_ARGS__) TW_CASE(function, 6, __VA_ARGS__) \
     }
 TW_FOR_EACH_HELD(TW_DEFINE_HELD_SYMMETRIC, int4)
 TW_FOR_EACH_HELD(TW_DEFINE_HELD_SYMMETRIC, int8)

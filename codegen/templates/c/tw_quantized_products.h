@@ -9,8 +9,9 @@
  * sums four products in 32 bits at once; there codes of 8 bits are offset by 128 and the zero point with them. What AVX2
  * does is in tw_quantized_signed.h.
  *
- * A few rows meet the panel as it lies, at the memory's speed. With more, AVX2 spreads a chunk of weights of 4 bits out
- * first, once for all rows (tw_quantized_tiles.h).
+ * A few rows meet the panel as it lies, at the memory's speed. With more, tiles of rows go over it chunk by chunk: AVX2
+ * spreads a chunk of weights of 4 bits out first, once for all rows (tw_quantized_tiles.h); AVX-512 keeps sums in registers
+ * (tw_quantized_held.h).
  */
 #ifndef TW_QUANTIZED_PRODUCTS_H
 #define TW_QUANTIZED_PRODUCTS_H

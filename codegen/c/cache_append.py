@@ -77,8 +77,8 @@ def _build(work: Anchored) -> KernelCode:
 def _bytes_per_column(tokens: Size, sequences: Size, dtype: str, transposed: object) -> Size:
     """Bytes that move for one column of one head, of all tokens.
 
-    Where rows are transposed a token writes to a line of its own for every column, which is read before and written back:
-    a step of single tokens is worth two threads from the first one on. Tokens of a prompt share lines.
+    Where rows are transposed a token writes to a line of its own for every column, which is read before and written
+    back: a step of single tokens is worth two threads from the first one on. Tokens of a prompt share lines.
     """
     item = 2 if dtype == "bfloat16" else 4
     if not transposed:

@@ -33,6 +33,7 @@ from .anchors import Anchored, c_size
 from .quantized_packing import (
     SCRATCH,
     STEP,
+    TILE,
     block_rows,
     group_steps,
     panel_bytes,
@@ -119,6 +120,7 @@ def _quantize(task: Task, anchor: fx.Node, form: RowFormat, shared: int) -> Made
         zeros=not form.symmetric,
         activations=shared,
         piece=piece_steps(columns, shared),
+        tile=TILE,
         rows_at=frame.name(codes),
         block=block_rows(columns, gathered=False),
         **x,

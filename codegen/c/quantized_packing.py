@@ -34,6 +34,8 @@ CHUNK = 8
 """Steps of a chunk of activations beside weights of 8 bits (``TW_CHUNK_int8``)."""
 PIECE = 16
 """Steps of a unit that quantizes activations, where scales allow; a multiple of ``CHUNK``."""
+TILE = 6
+"""Rows of a unit that quantizes activations: codes of the rows of a tile share cache lines (``TW_ROWS_int4``)."""
 BLOCKS = (64, 48, 32, 24, 16, 12, 8, 4, 2, 1)
 """Numbers of rows that are multiplied while a panel is in cache."""
 
@@ -122,7 +124,7 @@ def row_bytes(columns: int, bits: int) -> int:
 
 
 def piece_steps(columns: int, activations: int) -> int:
-    """Steps of a row that one unit of ``quantize_rows.c.jinja`` quantizes.
+    """Steps of a tile of rows that one unit of ``quantize_rows.c.jinja`` quantizes.
 
     Args:
         columns: of the row.
@@ -133,8 +135,8 @@ def piece_steps(columns: int, activations: int) -> int:
 
 
 def quantize_units(m: Size, columns: int, activations: int) -> Size:
-    """Work units of ``quantize_rows.c.jinja``: a piece of a row each."""
-    return mul(m, -(-max(1, steps_of(columns)) // piece_steps(columns, activations)))
+    """Work units of ``quantize_rows.c.jinja``: a piece of a tile of rows each."""
+    return mul(ceildiv(m, TILE), -(-max(1, steps_of(columns)) // piece_steps(columns, activations)))
 
 
 def block_rows(columns: int, *, gathered: bool) -> int:

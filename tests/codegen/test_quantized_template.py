@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tilewright.codegen.c.quantized_packing import (
+    TILE,
     block_rows,
     group_steps,
     pack_quantized,
@@ -67,7 +68,7 @@ def kernel_of(native, form, n, activations, target, compiler="gcc", *, direct=Tr
             "quantize_rows.c.jinja",
             name="quantize",
             prelude="const float *restrict x = buf[0]; uint8_t *restrict q = buf[1]; const int64_t rows = dim[0];",
-            activations=shared, piece=piece_steps(k, shared), rows_at="q", **common, **x,
+            activations=shared, piece=piece_steps(k, shared), tile=TILE, rows_at="q", **common, **x,
         )  # fmt: skip
         quantize = native.build(source, "quantize", target, compiler)
         x = {"rows_at": "x"}

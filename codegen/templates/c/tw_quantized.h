@@ -187,6 +187,29 @@ static inline int tw_wide_codes(__m256i codes) {
     return _mm256_movemask_epi8(_mm256_cmpgt_epi16(fours, _mm256_set1_epi16(255))) != 0;
 }
 
+/* The bits of the largest magnitude of some steps of a row of k floats: ordered as integers, with NaN above all. */
+static inline int32_t tw_largest_bits(const float *row, int64_t from, int64_t end, int64_t k) {
+    const __m256i magnitudes = _mm256_set1_epi32(0x7fffffff);
+    const int64_t last = tw_smaller(end * TW_STEP_K, k);
+    __m256i tops = _mm256_setzero_si256();
+    int64_t i = from * TW_STEP_K;
+    for (; i + TW_STEP_K <= last; i += TW_STEP_K) {
+        _Pragma("GCC unroll 4") for (int64_t n = 0; n < TW_STEP_K; n += 8) {
+            const __m256i bits = _mm256_loadu_si256((const __m256i *)(row + i + n));
+            tops = _mm256_max_epi32(tops, _mm256_and_si256(bits, magnitudes));
+        }
+    }
+    for (; i < last; i++) {
+        int32_t bits;
+        memcpy(&bits, row + i, sizeof bits);
+        tops = _mm256_max_epi32(tops, _mm256_and_si256(_mm256_set1_epi32(bits), magnitudes));
+    }
+    __m128i top = _mm_max_epi32(_mm256_castsi256_si128(tops), _mm256_extracti128_si256(tops, 1));
+    top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
+    top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1));
+    return _mm_cvtsi128_si32(top);
+}
+
 /* Steps [from, end) of row `row` of x, of k floats, as codes in [-127, 127], rounded half to even, with one scale for every
  * `per` steps: the largest magnitude / 127. What is smaller than 1e-30 throughout has scale 0 and codes 0; a NaN makes the
  * scale NaN. Parts of a row begin with a scale and with a chunk. */
@@ -201,14 +224,7 @@ static inline void tw_quantize_steps(
     int32_t total = 0;
     for (int64_t first = from; first < end; first += per) {
         const int64_t last = tw_smaller(first + per, end);
-        int32_t top = 0; /* the bits of a magnitude order as integers do, with NaN above all */
-#pragma omp simd reduction(max : top)
-        for (int64_t i = first * TW_STEP_K; i < tw_smaller(last * TW_STEP_K, k); i++) {
-            int32_t bits;
-            memcpy(&bits, from_row + i, sizeof bits);
-            bits &= 0x7fffffff;
-            top = bits > top ? bits : top;
-        }
+        const int32_t top = tw_largest_bits(from_row, first, last, k);
         float largest;
         memcpy(&largest, &top, sizeof largest);
         const int counts = !(largest <= 1e-30f);

@@ -1,11 +1,11 @@
 /* Products of many quantized rows and a panel of quantized weights on AVX-512: sums stay in registers.
  *
- * Storing a vector takes as long as two products of a word, on Zen 4; loads, broadcasts, shifts, masks and conversions run
- * beside the products. So tiles of 6 rows hold their sums, 2 x 6 of integers and 2 x 6 of floats, for a chunk of steps that
- * stays in the first-level cache. Weights of 4 bits are taken apart by every tile, as that is free. What a symmetric
- * weight's zero point takes away is where a step's sums start, -8 (or -128) times the sum of the row's codes: it is exact
- * either way, and multiplying floats takes turns with the products. Meanwhile the next chunk is fetched from memory, shared
- * out between the tiles.
+ * On Zen 4, storing a vector takes as long as two products of a word, while loads, broadcasts, shifts, masks and
+ * conversions run beside the products. So tiles of 6 rows hold their sums, 2 x 6 of integers and 2 x 6 of floats, for a
+ * chunk of steps that stays in the first-level cache. Weights of 4 bits are taken apart by every tile, as that is free.
+ * Multiplying floats takes turns with the products; so what a symmetric weight's zero point takes away is where a step's
+ * sums start, -8 (or -128) times the sum of the row's codes, which is exact either way. Meanwhile the next chunk is
+ * fetched from memory into the second-level cache, shared out between the tiles.
  *
  * Sums of steps are exact and are added up as in tw_quantized_products.h, so a row gives the same bits either way.
  */
@@ -124,7 +124,8 @@ TW_FOR_EACH_HELD(TW_DEFINE_HELD_WHOLE, int8)
         const int64_t tiles = tw_ceildiv(x->rows, TW_ROWS_##KIND); \
         for (int64_t from = 0, end; from < x->steps; from = end) { \
             end = tw_smaller(from + TW_HELD_STEPS(KIND), x->steps); \
-            const uint8_t *const next = panel + TW_GROUPS_BYTES(KIND, zeros, end / per, per) + end % per * TW_STEP_BYTES(KIND); \
+            const uint8_t *const next = \
+                panel + TW_GROUPS_BYTES(KIND, zeros, end / per, per) + end % per * TW_STEP_BYTES(KIND); \
             const int64_t bytes = TW_HELD_STEPS(KIND) * (TW_STEP_BYTES(KIND) + TW_HEADER_BYTES(KIND, zeros) / per); \
             for (int64_t t = 0; t < tiles; t++) { \
                 const tw_tile_q tile = tw_tile_at_q(x->rows, TW_ROWS_##KIND, t); \
@@ -134,11 +135,12 @@ TW_FOR_EACH_HELD(TW_DEFINE_HELD_WHOLE, int8)
                 float *const to = sums + tile.first * TW_PANEL; \
                 if (zeros) { \
                     TW_SWITCH_HELD( \
-                        tw_held_zeros_##KIND##_, tile.rows, codes, x->scales + at, x->sums + at, panel, from, end, per, \
-                        fetch, to) \
+                        tw_held_zeros_##KIND##_, tile.rows, codes, x->scales + at, x->sums + at, panel, from, end, \
+                        per, fetch, to) \
                 } else { \
                     TW_SWITCH_HELD( \
-                        tw_held_##KIND##_, tile.rows, codes, x->scales + at, x->sums + at, panel, from, end, per, fetch, to) \
+                        tw_held_##KIND##_, tile.rows, codes, x->scales + at, x->sums + at, panel, from, end, per, \
+                        fetch, to) \
                 } \
             } \
         } \

@@ -21,6 +21,8 @@ MAX_LOGPROBS = 100
 MAX_SEED = 2**64 - 1
 _BINS, _BINS_PER_UNIT = 1024, 16  # of logits, below the largest
 _CHUNK = 512
+_FEW = 256  # tokens among which a nucleus is looked for at first
+_COLUMNS, _COLUMNS_PER_VALUE, _LEAST_ROWS = 512, 4, 4  # of logits, when candidates for the largest are looked for
 
 
 @dataclass(frozen=True)
@@ -253,19 +255,29 @@ def _filtered(shifted: np.ndarray, params: SamplingParams) -> np.ndarray | None:
 def _nucleus(shifted: np.ndarray, share: float) -> np.ndarray:
     """The fewest largest values whose exponentials have a share of the sum: indices, rising; of equal ones the first.
 
-    Values, at most 0, go into bins by size, and only the bin in which the sum reaches the share is sorted. Sorting
-    all would take many times as long.
+    Mostly few values have it, and only these are sorted. Else values, at most 0, go into bins by size, and the bin in
+    which the sum reaches the share is sorted. Sorting all would take many times as long.
     """
     weights = np.exp(shifted)
+    wanted = share * float(weights.sum(dtype=np.float64))
+    likeliest = _largest(shifted, _FEW)
+    if weights[likeliest].sum(dtype=np.float64) >= wanted:
+        return np.sort(likeliest[_reaching(shifted[likeliest], weights[likeliest], wanted)])
     bins = np.minimum(shifted * np.float32(-_BINS_PER_UNIT), np.float32(_BINS - 1)).astype(np.int64)
     mass = np.bincount(bins, weights, _BINS).cumsum()
-    wanted = share * mass[-1]
     last = int(np.searchsorted(mass, wanted, side="left"))
     inside = np.flatnonzero(bins == last)
-    inside = inside[np.argsort(-shifted[inside], kind="stable")]
-    sums = weights[inside].cumsum(dtype=np.float64) + (mass[last - 1] if last else 0.0)
-    inside = inside[: int(np.searchsorted(sums, wanted, side="left")) + 1]
-    return np.sort(np.concatenate((np.flatnonzero(bins < last), inside)))
+    kept = bins < last
+    before = float(mass[last - 1]) if last else 0.0
+    kept[inside[_reaching(shifted[inside], weights[inside], wanted - before)]] = True
+    return np.flatnonzero(kept)
+
+
+def _reaching(values: np.ndarray, weights: np.ndarray, wanted: float) -> np.ndarray:
+    """Indices of the fewest largest values whose weights add up to what is wanted; of equal ones the first."""
+    order = np.argsort(-values, kind="stable")
+    sums = weights[order].cumsum(dtype=np.float64)
+    return order[: int(np.searchsorted(sums, wanted, side="left")) + 1]
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
@@ -273,12 +285,30 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
     size = len(values)
     if count >= size:
         return np.arange(size)
+    near = _candidates(values, count)
+    if near is not None:
+        return near[_largest(values[near], count)]
     threshold = np.partition(values, size - count)[size - count]
     ids = np.flatnonzero(values >= threshold)
     if len(ids) > count:
         equal = values[ids] == threshold
         ids = ids[~equal | (np.cumsum(equal) <= count - np.count_nonzero(~equal))]
     return ids
+
+
+def _candidates(values: np.ndarray, count: int) -> np.ndarray | None:
+    """Indices, rising, of few values among which the ``count`` largest are, or None where looking for them is no gain.
+
+    Of so many columns as are wanted, each has a value as large as its maximum: the ``count``-th largest maximum is no
+    larger than the ``count``-th largest value. Maxima and a comparison take a tenth of the time of a partition of all.
+    """
+    columns = max(_COLUMNS, _COLUMNS_PER_VALUE * count)
+    rows = len(values) // columns
+    if rows < _LEAST_ROWS:
+        return None
+    maxima = values[: rows * columns].reshape(rows, columns).max(axis=0)
+    near = np.flatnonzero(values >= np.partition(maxima, columns - count)[columns - count])
+    return near if len(near) < len(values) // 2 else None  # where many are equal, it would go on without end
 
 
 def _place(weights: np.ndarray, at: float) -> int:

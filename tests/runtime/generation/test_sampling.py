@@ -83,6 +83,30 @@ def test_the_largest_are_found_with_ties(seed):
             assert _largest(values, count).tolist() == sorted(order[:count])
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("levels", [1, 2, 50, 10**9])
+def test_the_largest_are_found_among_candidates(levels, seed):
+    """Enough values that most are passed over; with few levels, nearly all of them are equal."""
+    print(f"seed {seed}")
+    random = np.random.default_rng(seed)
+    for size in (2048, 2500, 20011):
+        values = random.integers(0, levels, size).astype(np.float32)
+        values[random.random(size) < 0.3] = -np.inf
+        values[100:140] += 5  # neighbours
+        order = np.argsort(-values, kind="stable")
+        for count in (1, 5, 40, 256, 600, size - 1):
+            assert (_largest(values, count) == np.sort(order[:count])).all()
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.4, 0.95, 0.9999])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 6.0])
+def test_a_nucleus_is_found_among_few_and_among_many(spread, share):
+    logits = numbers(9001, 5, spread)
+    logits[[17, 4000]] = logits[[3, 18]]
+    params = SamplingParams(temperature=1.0, top_p=share)
+    assert _filtered(logits - logits.max(), params).tolist() == sorted(kept(logits, params))
+
+
 def test_draws_have_the_right_frequencies():
     logits = numbers(8)
     params = SamplingParams(temperature=1.5, top_k=5, seed=3)

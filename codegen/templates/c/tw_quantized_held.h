@@ -2,7 +2,7 @@
  *
  * On Zen 4, storing a vector takes as long as two products of a word, while loads, broadcasts, shifts, masks and
  * conversions run beside the products. So tiles of 6 rows hold their sums, 2 x 6 of integers and 2 x 6 of floats, for a
- * chunk of steps that stays in the first-level cache. Weights of 4 bits are taken apart by every tile, as that is free.
+ * chunk of steps that stays in the first-level cache. Every tile takes weights of 4 bits apart anew, as that is free.
  * Multiplying floats takes turns with the products; so what a symmetric weight's zero point takes away is where a step's
  * sums start, -8 (or -128) times the sum of the row's codes, which is exact either way. Meanwhile the next chunk is
  * fetched from memory into the second-level cache, shared out between the tiles.

@@ -61,20 +61,20 @@
 
 /* Begins a loop over steps [from, end) of a panel, group by group: `scales` and `points` are those of the group, `step`
  * is where step s lies. */
-#define TW_FOR_EACH_STEP(KIND, offset) \
+#define TW_FOR_EACH_STEP(KIND) \
     for (int64_t s = from; s < end;) { \
         float scales[TW_PANEL] TW_ALIGNED, points[TW_PANEL] TW_ALIGNED; \
         const int64_t group = s / per; \
         const uint8_t *step = panel + TW_GROUPS_BYTES(KIND, zeros, group, per); \
-        tw_header_##KIND(step, zeros, offset, scales, points); \
+        tw_header_##KIND(step, zeros, scales, points); \
         step += TW_HEADER_BYTES(KIND, zeros) + (s - group * per) * TW_STEP_BYTES(KIND); \
         for (const int64_t last = tw_smaller((group + 1) * per, end); s < last; s++, step += TW_STEP_BYTES(KIND)) {
 #define TW_END_OF_STEPS \
         } \
     }
 
-/* A header's scales and zero points (these with the offset of codes) as floats. */
-static inline void tw_header_int4(const uint8_t *from, int zeros, int offset, float *scales, float *points) {
+/* A header's scales and zero points as floats. */
+static inline void tw_header_int4(const uint8_t *from, int zeros, float *scales, float *points) {
     for (int64_t n = 0; n < TW_PANEL; n += TW_LANES) {
 #if TW_LANES == 16
         tw_store(scales + n, (tw_vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + 2 * n))));
@@ -84,14 +84,14 @@ static inline void tw_header_int4(const uint8_t *from, int zeros, int offset, fl
     }
 #pragma omp simd
     for (int64_t n = 0; n < TW_PANEL; n++) {
-        points[n] = (float)((zeros ? from[TW_SCALES_int4 + n] : TW_SYMMETRIC_int4) + offset);
+        points[n] = (float)(zeros ? from[TW_SCALES_int4 + n] : TW_SYMMETRIC_int4);
     }
 }
-static inline void tw_header_int8(const uint8_t *from, int zeros, int offset, float *scales, float *points) {
+static inline void tw_header_int8(const uint8_t *from, int zeros, float *scales, float *points) {
     memcpy(scales, from, TW_PANEL * sizeof(float));
 #pragma omp simd
     for (int64_t n = 0; n < TW_PANEL; n++) {
-        points[n] = (float)((zeros ? (int8_t)from[TW_SCALES_int8 + n] : TW_SYMMETRIC_int8) + offset);
+        points[n] = (float)(zeros ? (int8_t)from[TW_SCALES_int8 + n] : TW_SYMMETRIC_int8);
     }
 }
 
@@ -266,7 +266,7 @@ static inline void tw_quantize_steps(
 #define TW_DEFINE_DEQUANTIZE(KIND, TERMS, CODE) \
     static inline void tw_dequantize_##KIND( \
         const uint8_t *panel, int64_t from, int64_t end, int64_t per, int zeros, float *restrict to) { \
-        TW_FOR_EACH_STEP(KIND, 0) \
+        TW_FOR_EACH_STEP(KIND) \
             for (int64_t half = 0; half < 2; half++) { \
                 for (int64_t k = 0; k < TW_STEP_K; k++) { \
                     const uint32_t *const words = (const uint32_t *)(step + half * TW_HALF_##KIND + k / TERMS * 64); \
@@ -286,7 +286,7 @@ TW_DEFINE_DEQUANTIZE(int8, 4, (int32_t)(words[n] << (24 - k % 4 * 8)) >> 24)
     static inline void tw_column_##KIND( \
         const uint8_t *panel, int64_t column, int64_t k, int64_t per, int zeros, float *restrict to) { \
         const int64_t from = 0, end = tw_ceildiv(k, TW_STEP_K); \
-        TW_FOR_EACH_STEP(KIND, 0) \
+        TW_FOR_EACH_STEP(KIND) \
             for (int64_t i = 0; i < tw_smaller(TW_STEP_K, k - s * TW_STEP_K); i++) { \
                 const uint8_t byte = \
                     step[column / 16 * TW_HALF_##KIND + i / TERMS * 64 + column % 16 * 4 + i % 4]; \

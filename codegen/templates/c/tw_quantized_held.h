@@ -60,7 +60,7 @@
 
 /* Steps [from, end) of a panel, in groups of `per`, with a tile of ROWS rows, given from step `from` on; sums[r][32] is
  * added to. */
-#define TW_DEFINE_HELD(NAME, KIND, ROWS, ZEROS, BEGIN, POINTS, ADD) \
+#define TW_DEFINE_HELD(NAME, KIND, ROWS, ZEROS, BEGIN, TERMS, POINTS, ADD) \
     static __attribute__((unused, noinline)) void NAME##ROWS( \
         const int8_t *codes, const float *row_scales, const int32_t *row_sums, const uint8_t *panel, int64_t from, \
         int64_t end, int64_t per, tw_fetch fetch, float *sums) { \
@@ -73,7 +73,7 @@
             for (; s < last; s++, at += TW_STEP_BYTES(KIND) - TW_HALF_##KIND, row_scales += ROWS, row_sums += ROWS) { \
                 tw_fetch_some(&fetch); \
                 TW_REPEAT_##ROWS(BEGIN) \
-                TW_TERMS_##KIND(ROWS) \
+                TERMS(ROWS) \
                 const tw_vec s0 = TW_SCALES_AT_##KIND(0), s1 = TW_SCALES_AT_##KIND(TW_LANES); \
                 const tw_vec z0 = POINTS(KIND, 0), z1 = POINTS(KIND, TW_LANES); \
                 (void)z0, (void)z1; \
@@ -82,40 +82,42 @@
         } \
         TW_REPEAT_##ROWS(TW_LEAVE_Q) \
     }
-#define TW_DEFINE_HELD_SYMMETRIC(KIND, ROWS) \
-    TW_DEFINE_HELD(tw_held_##KIND##_, KIND, ROWS, 0, TW_BEGIN_HELD_##KIND, TW_COMMON_POINTS_Q, TW_ADD_HELD_##KIND)
-#define TW_DEFINE_HELD_ZEROS(KIND, ROWS) \
-    TW_DEFINE_HELD(tw_held_zeros_##KIND##_, KIND, ROWS, 1, TW_ZERO_Q, TW_STORED_POINTS_Q, TW_ADD_HELD_##KIND##_zeros)
+#define TW_DEFINE_HELD_SYMMETRIC(NAME, KIND, ROWS, TERMS) \
+    TW_DEFINE_HELD(NAME, KIND, ROWS, 0, TW_BEGIN_HELD_##KIND, TERMS, TW_COMMON_POINTS_Q, TW_ADD_HELD_##KIND)
+#define TW_DEFINE_HELD_ZEROS(NAME, KIND, ROWS, TERMS) \
+    TW_DEFINE_HELD(NAME, KIND, ROWS, 1, TW_ZERO_Q, TERMS, TW_STORED_POINTS_Q, TW_ADD_HELD_##KIND##_zeros)
 
 /* The same for one scale per column and row: totals[r][32] stay integers, with the offset of codes in them. */
 #define TW_HOLD_WHOLE(r) \
     tw_q x##r = TW_LOAD_Q(totals + r * TW_PANEL), y##r = TW_LOAD_Q(totals + r * TW_PANEL + TW_LANES);
 #define TW_LEAVE_WHOLE(r) \
     _mm512_storeu_si512(totals + r * TW_PANEL, x##r), _mm512_storeu_si512(totals + r * TW_PANEL + TW_LANES, y##r);
-#define TW_DEFINE_HELD_WHOLE(KIND, ROWS) \
-    static __attribute__((unused, noinline)) void tw_held_whole_##KIND##_##ROWS( \
+#define TW_DEFINE_HELD_WHOLE(NAME, KIND, ROWS, TERMS) \
+    static __attribute__((unused, noinline)) void NAME##ROWS( \
         const int8_t *codes, const uint8_t *at, int64_t steps, tw_fetch fetch, int32_t *totals) { \
         enum { tw_r = ROWS }; \
         TW_REPEAT_##ROWS(TW_HOLD_WHOLE) \
         for (int64_t s = 0; s < steps; s++, at += TW_STEP_BYTES(KIND) - TW_HALF_##KIND) { \
             tw_fetch_some(&fetch); \
-            TW_TERMS_##KIND(ROWS) \
+            TERMS(ROWS) \
         } \
         TW_REPEAT_##ROWS(TW_LEAVE_WHOLE) \
     }
 
 /* Five rows and more make tiles of 3 to 6. */
-#define TW_FOR_EACH_HELD(X, KIND) X(KIND, 3) X(KIND, 4) X(KIND, 5) X(KIND, 6)
+#define TW_FOR_EACH_HELD(DEFINE, NAME, KIND) \
+    DEFINE(NAME, KIND, 3, TW_TERMS_##KIND) DEFINE(NAME, KIND, 4, TW_TERMS_##KIND) \
+    DEFINE(NAME, KIND, 5, TW_TERMS_##KIND) DEFINE(NAME, KIND, 6, TW_TERMS_##KIND)
 #define TW_SWITCH_HELD(function, rows, ...) \
     switch (rows) { \
         TW_CASE(function, 3, __VA_ARGS__) TW_CASE(function, 4, __VA_ARGS__) \
         TW_CASE(function, 5, __VA_ARGS__) TW_CASE(function, 6, __VA_ARGS__) \
     }
-TW_FOR_EACH_HELD(TW_DEFINE_HELD_SYMMETRIC, int4)
-TW_FOR_EACH_HELD(TW_DEFINE_HELD_SYMMETRIC, int8)
-TW_FOR_EACH_HELD(TW_DEFINE_HELD_ZEROS, int4)
-TW_FOR_EACH_HELD(TW_DEFINE_HELD_ZEROS, int8)
-TW_FOR_EACH_HELD(TW_DEFINE_HELD_WHOLE, int8)
+TW_FOR_EACH_HELD(TW_DEFINE_HELD_SYMMETRIC, tw_held_int4_, int4)
+TW_FOR_EACH_HELD(TW_DEFINE_HELD_SYMMETRIC, tw_held_int8_, int8)
+TW_FOR_EACH_HELD(TW_DEFINE_HELD_ZEROS, tw_held_zeros_int4_, int4)
+TW_FOR_EACH_HELD(TW_DEFINE_HELD_ZEROS, tw_held_zeros_int8_, int8)
+TW_FOR_EACH_HELD(TW_DEFINE_HELD_WHOLE, tw_held_whole_int8_, int8)
 
 /* sums[rows][32] += the products with a panel. */
 #define TW_DEFINE_HELD_PRODUCT(KIND) \

@@ -18,8 +18,6 @@
 
 #include "tw_quantized.h"
 
-#define TW_AHEAD_Q 8192 /* bytes that are fetched ahead of a panel's stream */
-
 #if TW_LANES == 16
 #define TW_HALVES 1 /* passes over a step */
 typedef __m512i tw_q;
@@ -68,27 +66,6 @@ static inline int32_t tw_word_q(const int8_t *p) {
     int32_t word;
     memcpy(&word, p, sizeof word);
     return word;
-}
-
-/* What a tile of rows fetches while it goes over a half step (AVX-512: a step): lines [first, last) of what lies `bytes`
- * further. Tiles that go over the same chunk share the lines of the next one, because fetching takes as long as loading. */
-typedef struct {
-    int64_t bytes, first, last;
-} tw_ahead;
-
-static inline void tw_prefetch_q(const uint8_t *from, tw_ahead ahead) {
-    for (int64_t line = ahead.first; line < ahead.last; line++) {
-        _mm_prefetch((const char *)from + ahead.bytes + line * 64, _MM_HINT_T0);
-    }
-}
-
-/* Share t of `shares` in so many lines. The first one also takes the line before, which may be a header. */
-static inline tw_ahead tw_share_ahead(int64_t bytes, int64_t lines, int64_t t, int64_t shares) {
-    return (tw_ahead){bytes, t == 0 ? -1 : lines * t / shares, lines * (t + 1) / shares};
-}
-/* Tile t of `tiles`. */
-static inline tw_ahead tw_ahead_of(int64_t t, int64_t tiles, int64_t step_bytes) {
-    return tw_share_ahead(TW_AHEAD_Q, step_bytes / TW_HALVES / 64, t, tiles);
 }
 
 /* Memory that is fetched a few lines at a time. */
@@ -161,38 +138,40 @@ static inline void tw_fetch_some(tw_fetch *fetch) {
     }
 #endif
 
+#if TW_LANES == 16
+#include "tw_quantized_few.h"
+#else
+
+/* Fetches half a step 8 KB further, and the line before it, which may be a header. */
+static inline void tw_prefetch_half(const uint8_t *half, int64_t bytes) {
+    for (int64_t at = 8192 - 64; at < 8192 + bytes; at += 64) {
+        _mm_prefetch((const char *)half + at, _MM_HINT_T0);
+    }
+}
+
 /* sums[r][column] += both scales times (the step's sum - zero point * sum of the row's codes). */
-#define TW_ADD_TO_int4(r) TW_ADD_TO(r, int4, zeros || TW_LANES == 16)
-#define TW_ADD_TO_int8(r) TW_ADD_TO(r, int8, zeros || TW_OFFSET_int8)
-#define TW_ADD_TO(r, KIND, LESS) \
+#define TW_ADD_TO_int4(r) \
     { \
         float *const to = sums + r * TW_PANEL + n; \
-        const float scale = row_scales[r], total = (float)((LESS) ? row_sums[r] : 0); \
-        tw_vec f0 = TW_FLOAT_Q(TW_SUM_##KIND(x##r)), f1 = TW_FLOAT_Q(TW_SUM_##KIND(y##r)); \
-        if (LESS) f0 -= z0 * total, f1 -= z1 * total; \
+        const float scale = row_scales[r], total = (float)(zeros ? row_sums[r] : 0); \
+        tw_vec f0 = TW_FLOAT_Q(TW_SUM_int4(x##r)), f1 = TW_FLOAT_Q(TW_SUM_int4(y##r)); \
+        if (zeros) f0 -= z0 * total, f1 -= z1 * total; \
         tw_store(to, tw_load(to) + f0 * (s0 * scale)), tw_store(to + TW_LANES, tw_load(to + TW_LANES) + f1 * (s1 * scale)); \
     }
-#if TW_LANES == 16
-#define TW_BEGIN_int4 TW_ZERO_Q
-#else
-#define TW_BEGIN_int4 TW_START_Q
-#endif
-#define TW_BEGIN_int8 TW_ZERO_Q
 
-/* Steps [from, end) of a panel, in groups of `per`, with a tile of ROWS rows, given from step `from` on; sums[r][32] is
- * added to. */
+/* A panel of `end` steps, in groups of `per`, with a tile of ROWS rows; sums[r][32] is added to. */
 #define TW_DEFINE_Q(KIND, ROWS) \
     static __attribute__((unused, noinline)) void tw_quantized_##KIND##_##ROWS( \
-        const int8_t *tile, const float *row_scales, const int32_t *row_sums, const uint8_t *panel, int64_t from, \
-        int64_t end, int64_t per, int zeros, tw_ahead ahead, float *sums) { \
-        enum { tw_r = ROWS }; \
-        TW_FOR_EACH_STEP(KIND, TW_OFFSET_##KIND) \
-            for (int64_t half = 0; half < TW_HALVES; half++) { \
+        const int8_t *tile, const float *row_scales, const int32_t *row_sums, const uint8_t *panel, int64_t end, \
+        int64_t per, int zeros, float *sums) { \
+        enum { tw_r = ROWS, from = 0 }; \
+        TW_FOR_EACH_STEP(KIND) \
+            for (int64_t half = 0; half < 2; half++) { \
                 const uint8_t *at = step + half * TW_HALF_##KIND; \
                 const int8_t *codes = tile; \
                 const int64_t n = half * 16; \
-                tw_prefetch_q(at, ahead); \
-                TW_REPEAT_##ROWS(TW_BEGIN_##KIND) \
+                tw_prefetch_half(at, TW_HALF_##KIND); \
+                TW_REPEAT_##ROWS(TW_START_Q) \
                 TW_TERMS_##KIND(ROWS) \
                 const tw_vec s0 = tw_load(scales + n), s1 = tw_load(scales + n + TW_LANES); \
                 const tw_vec z0 = tw_load(points + n), z1 = tw_load(points + n + TW_LANES); \
@@ -203,90 +182,19 @@ static inline void tw_fetch_some(tw_fetch *fetch) {
         TW_END_OF_STEPS \
     }
 TW_FOR_EACH_ROWS_Q(TW_DEFINE_Q, int4)
-#if TW_LANES == 16
-TW_FOR_EACH_ROWS_Q(TW_DEFINE_Q, int8)
 
-/* The same for one scale per column and row: totals[r][32] stay integers, with the offset of codes in them. */
-#define TW_ADD_INTS(to, sum) _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), sum))
-#define TW_ADD_WHOLE(r) \
-    TW_ADD_INTS(totals + r * TW_PANEL + n, x##r); \
-    TW_ADD_INTS(totals + r * TW_PANEL + n + TW_LANES, y##r);
-#define TW_DEFINE_WHOLE(KIND, ROWS) \
-    static __attribute__((unused, noinline)) void tw_whole_##KIND##_##ROWS( \
-        const int8_t *tile, const uint8_t *panel, int64_t steps, tw_ahead ahead, int32_t *totals) { \
-        enum { tw_r = ROWS }; \
-        for (int64_t s = 0; s < steps; s++, panel += TW_STEP_BYTES(KIND)) { \
-            for (int64_t half = 0; half < TW_HALVES; half++) { \
-                const uint8_t *at = panel + half * TW_HALF_##KIND; \
-                const int8_t *codes = tile; \
-                const int64_t n = half * 16; \
-                tw_prefetch_q(at, ahead); \
-                TW_REPEAT_##ROWS(TW_ZERO_Q) \
-                TW_TERMS_##KIND(ROWS) \
-                __asm__ volatile("" ::: "memory"); \
-                TW_REPEAT_##ROWS(TW_ADD_WHOLE) \
-            } \
-            tile += TW_STEP_K * TW_CODE_BYTES_##KIND * ROWS; \
-        } \
-    }
-TW_FOR_EACH_ROWS_Q(TW_DEFINE_WHOLE, int8)
-#endif
-
-#if TW_LANES == 16
-#include "tw_quantized_held.h"
-#define TW_MANY_ROWS_Q(what) tw_held_##what
-#else
-#include "tw_quantized_tiles.h"
-#define TW_MANY_ROWS_Q(what) tw_spread_##what
-#endif
-#define TW_IF_MANY_ROWS(product, ...) \
-    if (x->rows > TW_FEW_ROWS_Q) { \
-        TW_MANY_ROWS_Q(product)(__VA_ARGS__); \
-        return; \
-    }
-
-/* sums[rows][32] += the products with a panel, for any number of rows. Where there are several tiles, they go over a
- * number of steps that stays in the first-level cache. */
-#define TW_CHUNK_Q 16
-#define TW_DEFINE_PRODUCT_Q(KIND) \
-    static inline void tw_product_##KIND( \
-        const tw_quantized *x, const uint8_t *panel, int64_t per, int zeros, float *sums) { \
-        TW_IF_MANY_ROWS(product_##KIND, x, panel, per, zeros, sums) \
-        const int64_t tiles = tw_ceildiv(x->rows, TW_ROWS_##KIND), chunk = tiles > 1 ? TW_CHUNK_Q : x->steps; \
-        for (int64_t from = 0, end; from < x->steps; from = end) { \
-            end = tw_smaller(from + chunk, x->steps); \
-            for (int64_t t = 0; t < tiles; t++) { \
-                const tw_tile_q tile = tw_tile_at_q(x->rows, TW_ROWS_##KIND, t); \
-                const int64_t at = tile.first * x->steps + from * tile.rows; \
-                TW_SWITCH_ROWS_Q( \
-                    tw_quantized_##KIND##_, tile.rows, x->codes + at * TW_STEP_K * TW_CODE_BYTES_##KIND, x->scales + at, \
-                    x->sums + at, panel, from, end, per, zeros, tw_ahead_of(t, tiles, TW_STEP_BYTES(KIND)), \
-                    sums + tile.first * TW_PANEL) \
-            } \
-        } \
-    }
-TW_DEFINE_PRODUCT_Q(int4)
-#if TW_LANES == 16
-TW_DEFINE_PRODUCT_Q(int8)
-
-/* totals[rows][32] += the products with a panel that is one group, as integers. */
-static inline void tw_product_whole_int8(const tw_quantized *x, const uint8_t *panel, int32_t *totals) {
-    TW_IF_MANY_ROWS(product_whole_int8, x, panel, totals)
-    const int64_t tiles = tw_ceildiv(x->rows, TW_ROWS_int8), chunk = tiles > 1 ? TW_CHUNK_Q : x->steps;
-    for (int64_t from = 0, end; from < x->steps; from = end) {
-        end = tw_smaller(from + chunk, x->steps);
-        for (int64_t t = 0; t < tiles; t++) {
-            const tw_tile_q tile = tw_tile_at_q(x->rows, TW_ROWS_int8, t);
-            const int64_t at = tile.first * x->steps + from * tile.rows;
-            TW_SWITCH_ROWS_Q(
-                tw_whole_int8_, tile.rows, x->codes + at * TW_STEP_K * TW_CODE_BYTES_int8,
-                panel + TW_HEADER_BYTES(int8, 0) + from * TW_STEP_BYTES(int8), end - from,
-                tw_ahead_of(t, tiles, TW_STEP_BYTES(int8)), totals + tile.first * TW_PANEL)
-        }
-    }
-}
-#else
 #include "tw_quantized_signed.h"
+#include "tw_quantized_tiles.h"
+
+/* sums[rows][32] += the products with a panel, for any number of rows. */
+static inline void tw_product_int4(const tw_quantized *x, const uint8_t *panel, int64_t per, int zeros, float *sums) {
+    if (x->rows > TW_FEW_ROWS_Q) {
+        tw_spread_product_int4(x, panel, per, zeros, sums);
+        return;
+    }
+    TW_SWITCH_ROWS_Q(
+        tw_quantized_int4_, x->rows, x->codes, x->scales, x->sums, panel, x->steps, per, zeros, sums)
+}
 #endif
 
 /* In place: totals of a row become floats, times both scales. */

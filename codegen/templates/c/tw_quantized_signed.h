@@ -106,11 +106,10 @@ TW_DEFINE_SIGNED(tw_signed_whole_of_pairs, TW_SIGNED_STEP_OF_PAIRS)
 #define TW_DEFINE_SIGNED_FEW(KIND, ROWS) \
     static __attribute__((noinline)) void tw_signed_few_##ROWS( \
         const int8_t *codes, int64_t apart, const uint8_t *step, int64_t steps, int32_t *totals) { \
-        const tw_ahead ahead = tw_ahead_of(0, 1, TW_STEP_BYTES(KIND)); \
         for (int64_t s = 0; s < steps; s++, step += TW_STEP_BYTES(KIND), codes += TW_STEP_K * TW_CODE_BYTES_##KIND) { \
             for (int64_t n = 0; n < TW_PANEL; n += 16) { \
                 const uint8_t *const half = step + n / 16 * TW_HALF_##KIND; \
-                tw_prefetch_q(half, ahead); \
+                tw_prefetch_half(half, TW_HALF_##KIND); \
                 TW_REPEAT_##ROWS(TW_ZERO_Q) \
                 for (int64_t word = 0; word < 8; word++) { \
                     const __m256i w0 = TW_LOAD_Q(half + word * 64), w1 = TW_LOAD_Q(half + word * 64 + 32); \

@@ -39,7 +39,7 @@ static inline void tw_spread_half_int4(const uint8_t *from, uint8_t *to) {
         const uint8_t *panel, int64_t from, int64_t end, int64_t per, int zeros, tw_spread *to) { \
         uint8_t *codes = to->codes; \
         int64_t at = 0; \
-        TW_FOR_EACH_STEP(KIND, 0) \
+        TW_FOR_EACH_STEP(KIND) \
             memcpy(to->scales + at, scales, sizeof scales); \
             if (zeros) memcpy(to->points + at, points, sizeof points); \
             tw_spread_half_##KIND(step, codes); \
@@ -72,7 +72,7 @@ TW_DEFINE_SPREAD(int4)
             const int32_t *row_sums = tile_sums; \
             for (int64_t s = 0; s < steps; s++) { \
                 tw_fetch_some(&fetch); \
-                TW_REPEAT_##ROWS(TW_BEGIN_##KIND) \
+                TW_REPEAT_##ROWS(TW_START_Q) \
                 TW_SPREAD_TERMS(KIND, ROWS) \
                 const tw_vec s0 = tw_load(scales), s1 = tw_load(scales + TW_LANES); \
                 const tw_vec z0 = tw_load(points), z1 = tw_load(points + TW_LANES); \

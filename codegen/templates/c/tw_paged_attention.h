@@ -12,13 +12,13 @@
 
 typedef float tw_kind_float; /* elements of caches */
 typedef uint16_t tw_kind_half;
-typedef uint32_t tw_words_anywhere __attribute__((vector_size(TW_LANES * 4), aligned(2), may_alias));
+typedef uint32_t tw_half_pairs __attribute__((vector_size(TW_LANES * 4), aligned(2), may_alias));
 
 /* Two vectors of columns. Those of bfloat16 are the even and the odd ones of their neighbours, which takes a load and
  * two instructions; sums are brought into the same order when a product begins, and back when it ends. */
 #define TW_LOAD_PAIR_float(p, first, second) const tw_vec first = tw_load(p), second = tw_load((p) + TW_LANES);
 #define TW_LOAD_PAIR_half(p, even, odd) \
-    const tw_words_anywhere even##_and_odd = *(const tw_words_anywhere *)(p); \
+    const tw_half_pairs even##_and_odd = *(const tw_half_pairs *)(p); \
     const tw_vec even = (tw_vec)(even##_and_odd << 16), odd = (tw_vec)(even##_and_odd & 0xffff0000u);
 
 #if TW_LANES == 16

@@ -40,7 +40,7 @@ def _decoding(results: Results, model: str) -> Iterator[Goal]:
 def _bound(results: Results, model: str, ours: str, value: float, least: float) -> str:
     """What a ratio would be if ours read as fast as the processor does, where that is less than the goal."""
     one = speed(results, model, ours, "decode-1")
-    most = value / one.read_share if one else least
+    most = value / min(1.0, one.read_share) if one else least
     return "" if value >= least or most >= least else f" (at the read limit it would be {most:.2f})"
 
 

@@ -44,7 +44,8 @@ class KernelCode:
         symbols: the call's sizes, in the order of ``dim[]``.
         units: number of independent units of work; on a GPU, programs of the grid, in which constants of the tiles may
             stand for themselves.
-        flops: arithmetic operations; ``bytes``: compulsory traffic.
+        flops: arithmetic operations; ``bytes``: compulsory traffic, of whole cache lines where single
+            numbers are written.
         parameters: the buffers.
         tiles: of a GPU kernel, the binaries to build, the default one first.
         signature: of a GPU kernel, the type of every argument: ``"*fp32"``, ``"*i64"``, ``"i32"``...

@@ -35,7 +35,7 @@ CHUNK = 8
 PIECE = 16
 """Steps of a unit that quantizes activations, where scales allow; a multiple of ``CHUNK``."""
 TILE = 6
-"""Rows of a unit that quantizes activations: codes of the rows of a tile share cache lines (``TW_ROWS_int4``)."""
+"""Rows of a unit that quantizes activations; codes of the rows of a tile share cache lines (``TW_ROWS_int4``)."""
 BLOCKS = (64, 48, 32, 24, 16, 12, 8, 4, 2, 1)
 """Numbers of rows that are multiplied while a panel is in cache."""
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ...runtime.plan import Plan, Port
     from ..options import CompileOptions, Task
 
+PREPARES = "quantize"
+"""The family of kernels that only prepare what a later one reads, and are compared as its part."""
+
 HELP = """Check the artifact in DIR.
 
 Given the SOURCE it was compiled from, the outputs are compared with eager PyTorch at several sizes: error =
@@ -78,14 +81,16 @@ def verify(
         if not as_json:
             click.echo(f"{artifact}: {count} files, {show_bytes(size)}: all digests match")
     if not integrity or source is not None or kernels:
-        outputs, steps, parts = _compare(opened, source, shapes, inputs, kernels, device, threads, quiet)
+        outputs, steps, others = _compare(opened, source, shapes, inputs, kernels, device, threads, quiet)
         found["outputs"] = [_plain(item) for item in outputs]
         if kernels or steps:
-            found |= {"kernels": [_plain(item) for item in steps], "kernels_compared_with_later_ones": parts}
+            together, missing = _counts(others)
+            found |= {"kernels": [_plain(item) for item in steps]}
+            found |= {"kernels_compared_with_later_ones": together, "kernels_not_compared": missing}
         if as_json:
             emit_json(found)
         else:
-            _show(outputs, steps, parts, kernels or bool(steps))
+            _show(outputs, steps, others, kernels or bool(steps))
         _require(outputs, steps)
     elif as_json:
         emit_json(found)
@@ -94,8 +99,8 @@ def verify(
 def _compare(
     opened: Artifact, source: str | None, shapes: tuple[str, ...], inputs: str | None, kernels: bool, device: str,
     threads: int | None, quiet: bool,
-) -> tuple[list[Any], list[Any], int]:  # fmt: skip
-    """Errors per output, errors per kernel, and how many steps are a part of what a later one is compared as."""
+) -> tuple[list[Any], list[Any], list[str]]:  # fmt: skip
+    """Errors per output, errors per kernel, and the families of the steps without one."""
     from ...runtime.errors import UsageError
     from ...runtime.model import load
 
@@ -134,7 +139,7 @@ def _compare(
             compilation.release()
             outputs: list[Any] = []
             steps: list[Any] = []
-            parts = 0
+            others: list[str] = []
             for one in expected:
                 name = one.lowered.name
                 progress("outputs", name)
@@ -145,9 +150,16 @@ def _compare(
                     progress("kernel results", name)
                     results = verify_kernels(entry, one.lowered, one.precision)
                 if results:
-                    parts += len(entry.plan.steps) - len({item.step for item in results})
+                    compared = {item.step for item in results}
+                    others += [step.family for at, step in enumerate(entry.plan.steps) if at not in compared]
                 steps += results
-    return outputs, steps, parts
+    return outputs, steps, others
+
+
+def _counts(families: Sequence[str]) -> tuple[int, int]:
+    """Of steps without an error of their own: those that are a part of what a later one is compared as, and others."""
+    together = families.count(PREPARES)
+    return together, len(families) - together
 
 
 def _options(opened: Artifact, kind: str) -> CompileOptions:
@@ -243,7 +255,7 @@ def _require_same_inputs(program: Program, plan: Plan, source: str) -> None:
         raise UsageError("{} takes {}; the artifact was compiled from a model that takes {}".format(source, *shown))
 
 
-def _show(outputs: Sequence[Any], steps: Sequence[Any], parts: int, kernels: bool) -> None:
+def _show(outputs: Sequence[Any], steps: Sequence[Any], others: Sequence[str], kernels: bool) -> None:
     heading("Outputs against eager PyTorch")
     rows = [
         (item.entry, item.output, show_sizes(item.sizes), f"{item.error:.2e}", f"{item.tolerance:.0e}", _verdict(item))
@@ -258,8 +270,11 @@ def _show(outputs: Sequence[Any], steps: Sequence[Any], parts: int, kernels: boo
         for item in steps
     ]
     table(("step", "kernel", "node", "error", "allowed", ""), rows, "rllrrl")
-    if parts:
-        note(f"{parts} steps prepare what a later kernel reads, as quantized rows; they were compared as its part")
+    together, missing = _counts(others)
+    if together:
+        note(f"{together} steps quantize the rows that a later kernel reads; they were compared as its part")
+    if missing:
+        note(f"{missing} steps write nothing that has a name in the graph; they were not compared one by one")
 
 
 def _require(outputs: Sequence[Any], steps: Sequence[Any]) -> None:

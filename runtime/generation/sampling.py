@@ -265,6 +265,7 @@ def _nucleus(shifted: np.ndarray, share: float) -> np.ndarray:
         return np.sort(likeliest[_reaching(shifted[likeliest], weights[likeliest], wanted)])
     bins = np.minimum(shifted * np.float32(-_BINS_PER_UNIT), np.float32(_BINS - 1)).astype(np.int64)
     mass = np.bincount(bins, weights, _BINS).cumsum()
+    wanted = min(wanted, float(mass[-1]))  # added in another order
     last = int(np.searchsorted(mass, wanted, side="left"))
     inside = np.flatnonzero(bins == last)
     kept = bins < last

@@ -179,6 +179,7 @@ def test_the_command_takes_its_options_from_the_artifact(built, source, tmp_path
     assert found["outputs"] and all(item["ok"] and item["tolerance"] == 1e-4 for item in found["outputs"])
     assert len(found["kernels"]) > 9
     assert found["kernels_compared_with_later_ones"] == 9  # those that quantize rows of products
+    assert found["kernels_not_compared"] == 0
     bad = damaged(built, tmp_path, f"{FAULTY}.weight", a_wrong_zero_point)
     result = call(bad)
     assert result.exit_code == 4 and "DIFFERS" in result.stdout

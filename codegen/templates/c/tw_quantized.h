@@ -9,7 +9,7 @@
  *           word p holds term 4p + i.
  *
  * So a panel is read from its beginning to its end, by whatever registers there are: AVX2 takes the halves of a step one
- * after the other, two vectors of 8 columns each; AVX-512 takes both at once.
+ * after the other, two vectors of 8 columns each; AVX-512 a vector of each in turns, or for up to four rows as AVX2 does.
  *
  * Rows of activations become codes in [-127, 127], filled up with zeros to whole steps, with a scale for every step. They
  * lie in tiles, the rows that are multiplied at once, so that a product reads a tile from its beginning to its end:

@@ -2,7 +2,8 @@
  *
  * The kernels of tw_quantized_held.h over a whole panel, but they take each step in the order of its addresses, half after
  * half, although that broadcasts every word twice: with the halves in turns a Zen 4 reads at half the speed where nothing is
- * fetched ahead, and at four fifths where it is. So they fetch nothing ahead, and no barriers keep products apart.
+ * fetched ahead, and at two thirds of it for one row where it is. So they fetch nothing ahead, and no barriers keep products
+ * apart.
  * docs/speed.md has the measurements.
  */
 #ifndef TW_QUANTIZED_FEW_H

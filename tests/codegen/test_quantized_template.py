@@ -152,3 +152,22 @@ def test_sums_beyond_16_bits(native, target, compiler):
     assert (np.abs(got - expected) <= 2e-6 * size).all()
     for row in range(len(x)):
         np.testing.assert_array_equal(call(x[row : row + 1].numpy(), packed, bias)[0], got[row])
+
+
+@EVERY
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g64-z", "int8", "int8-by-32"])
+def test_a_row_that_is_no_number_stays_alone(native, target, compiler, name):
+    """A NaN or an infinity makes its own row NaN, and leaves the bits of the rows in its tile as they were."""
+    n, k = 40, 300
+    bits, group, symmetric, activations = FORMATS[name]
+    form = RowFormat(k, bits, group, symmetric)
+    packed = pack_quantized(weight_of(n, k, bits, group, symmetric, seed=2).numpy(), form)
+    call, bias = kernel_of(native, form, n, activations, target, compiler), np.zeros(n, np.float32)
+    for m in (3, 4, 13):
+        x = activations_of(m, k, seed=m)
+        clean = call(x.numpy(), packed, bias)
+        x[1, k // 2], x[2, k - 1] = np.nan, np.inf
+        got = call(x.numpy(), packed, bias)
+        others = [row for row in range(m) if row not in (1, 2)]
+        np.testing.assert_array_equal(got[others], clean[others])
+        assert np.isnan(got[1]).all() and not np.isfinite(got[2]).any()

@@ -75,9 +75,16 @@ def test_runs_end_anywhere(target, compiled):
     length = torch.export.Dim("length", min=1, max=20000)
     inputs = values(2, 5000, seed=3), values(2, 5000, seed=4, dtype=F32)
     model = compiled(Stretched(), inputs, ({1: length},) * 2, target=target, precision="own")
-    for count in (1, 15, 256, 257, 4096 + 255, 9001):
+    for count in (1, 15, 64, 95, 256, 257, 4096 + 255, 8192, 9001):
         inputs = values(2, count, seed=count), values(2, count, seed=5, dtype=F32)
         assert_close(model, Stretched(), inputs)
+
+
+@TARGETS
+def test_rows_of_two_chunks(target, compiled):
+    """The shortest rows of fixed length that are shared out between threads."""
+    inputs = values(3, 8192, seed=6), values(3, 8192, seed=7, dtype=F32)
+    assert_close(compiled(Stretched(), inputs, target=target, precision="own"), Stretched(), inputs)
 
 
 class Blocked(nn.Module):

@@ -83,26 +83,18 @@ static inline void tw_store_turns(float *to, tw_vec even, tw_vec odd) {
     TW_LOAD_PAIR_##KIND(b + 2 * TW_LANES, b2, b3) \
     TW_FETCH(4 * TW_LANES) \
     TW_REPEAT_##ROWS(TW_STEP_OF_FOUR)
-#define TW_SCALE_PAIR_float(r, at, first, second) \
-    first = tw_load(sums + r * pitch + (at)) * factors[r]; \
-    second = tw_load(sums + r * pitch + (at) + TW_LANES) * factors[r];
-#define TW_KEEP_PAIR_float(r, at, first, second) \
-    tw_store(sums + r * pitch + (at), first), tw_store(sums + r * pitch + (at) + TW_LANES, second);
-#define TW_SCALE_PAIR_half(r, at, even, odd) \
-    TW_SCALE_PAIR_float(r, at, even, odd) \
+#define TW_TO_TURNS(first, second) \
     { \
-        const tw_vec low = even, high = odd; \
-        even = tw_evens(low, high), odd = tw_odds(low, high); \
+        const tw_vec low = first, high = second; \
+        first = tw_evens(low, high), second = tw_odds(low, high); \
     }
-#define TW_KEEP_PAIR_half(r, at, even, odd) tw_store_turns(sums + r * pitch + (at), even, odd);
-#define TW_SCALE_float(r) TW_SCALE_PAIR_float(r, 0, x##r, y##r)
-#define TW_SCALE_half(r) TW_SCALE_PAIR_half(r, 0, x##r, y##r)
-#define TW_KEEP_float(r) TW_KEEP_PAIR_float(r, 0, x##r, y##r)
-#define TW_KEEP_half(r) TW_KEEP_PAIR_half(r, 0, x##r, y##r)
-#define TW_SCALE_WIDE_float(r) TW_SCALE_PAIR_float(r, 0, w##r, x##r) TW_SCALE_PAIR_float(r, 2 * TW_LANES, y##r, z##r)
-#define TW_SCALE_WIDE_half(r) TW_SCALE_PAIR_half(r, 0, w##r, x##r) TW_SCALE_PAIR_half(r, 2 * TW_LANES, y##r, z##r)
-#define TW_KEEP_WIDE_float(r) TW_KEEP_PAIR_float(r, 0, w##r, x##r) TW_KEEP_PAIR_float(r, 2 * TW_LANES, y##r, z##r)
-#define TW_KEEP_WIDE_half(r) TW_KEEP_PAIR_half(r, 0, w##r, x##r) TW_KEEP_PAIR_half(r, 2 * TW_LANES, y##r, z##r)
+#define TW_SCALE_half(r) TW_SCALE(r) TW_TO_TURNS(x##r, y##r)
+#define TW_KEEP_half(r) tw_store_turns(sums + r * pitch, x##r, y##r);
+#define TW_SCALE_WIDE_half(r) TW_SCALE_WIDE(r) TW_TO_TURNS(w##r, x##r) TW_TO_TURNS(y##r, z##r)
+#define TW_KEEP_WIDE_half(r) \
+    tw_store_turns(sums + r * pitch, w##r, x##r), tw_store_turns(sums + r * pitch + 2 * TW_LANES, y##r, z##r);
+#define TW_SCALE_WIDE_float TW_SCALE_WIDE
+#define TW_KEEP_WIDE_float TW_KEEP_WIDE
 #define TW_DEFINE_PAGED(NAME, KIND, COLUMNS, STEPS, ZERO, SCALE, KEEP, ROWS) \
     static __attribute__((unused, noinline)) void NAME##ROWS( \
         const float *a, int64_t stride, const tw_kind_##KIND *const *blocks, const tw_kind_##KIND *const *soon, \
@@ -121,7 +113,7 @@ static inline void tw_store_turns(float *to, tw_vec even, tw_vec odd) {
     }
 
 #define TW_DEFINE_PAGED_float(ROWS) \
-    TW_DEFINE_PAGED(tw_paged_float_, float, 2 * TW_LANES, TW_PAGED_, TW_ZERO, TW_SCALE_float, TW_KEEP_float, ROWS)
+    TW_DEFINE_PAGED(tw_paged_float_, float, 2 * TW_LANES, TW_PAGED_, TW_ZERO, TW_SCALE, TW_KEEP, ROWS)
 #define TW_DEFINE_PAGED_half(ROWS) \
     TW_DEFINE_PAGED(tw_paged_half_, half, 2 * TW_LANES, TW_PAGED_, TW_ZERO, TW_SCALE_half, TW_KEEP_half, ROWS)
 TW_FOR_EACH_ROWS(TW_DEFINE_PAGED_float)
@@ -159,10 +151,10 @@ TW_FOR_EACH_ROWS(TW_DEFINE_PAGED_NARROW_half)
 #endif
 
 /* The same for at most TW_MR rows and 16 or 32 columns from `at`. */
-#define TW_DEFINE_PAGED_OF_ROWS(KIND, ELEMENT) \
+#define TW_DEFINE_PAGED_OF_ROWS(KIND) \
     static inline __attribute__((unused)) void tw_paged_##KIND( \
-        int64_t rows, int64_t columns, const float *a, int64_t stride, const ELEMENT *const *blocks, \
-        const ELEMENT *const *soon, int64_t part, int64_t parts, int64_t at, int64_t step, int64_t per, int64_t depth, \
+        int64_t rows, int64_t columns, const float *a, int64_t stride, const tw_kind_##KIND *const *blocks, \
+        const tw_kind_##KIND *const *soon, int64_t part, int64_t parts, int64_t at, int64_t step, int64_t per, int64_t depth, \
         float *sums, int64_t pitch, const float *factors) { \
         if (rows <= TW_FEW_ROWS && columns == 4 * TW_LANES) { \
             TW_SWITCH_WIDE( \
@@ -178,7 +170,7 @@ TW_FOR_EACH_ROWS(TW_DEFINE_PAGED_NARROW_half)
             } \
         } \
     }
-TW_DEFINE_PAGED_OF_ROWS(float, float)
-TW_DEFINE_PAGED_OF_ROWS(half, uint16_t)
+TW_DEFINE_PAGED_OF_ROWS(float)
+TW_DEFINE_PAGED_OF_ROWS(half)
 
 #endif

@@ -154,8 +154,8 @@ TW_FOR_EACH_ROWS(TW_DEFINE_PAGED_NARROW_half)
 #define TW_DEFINE_PAGED_OF_ROWS(KIND) \
     static inline __attribute__((unused)) void tw_paged_##KIND( \
         int64_t rows, int64_t columns, const float *a, int64_t stride, const tw_kind_##KIND *const *blocks, \
-        const tw_kind_##KIND *const *soon, int64_t part, int64_t parts, int64_t at, int64_t step, int64_t per, int64_t depth, \
-        float *sums, int64_t pitch, const float *factors) { \
+        const tw_kind_##KIND *const *soon, int64_t part, int64_t parts, int64_t at, int64_t step, int64_t per, \
+        int64_t depth, float *sums, int64_t pitch, const float *factors) { \
         if (rows <= TW_FEW_ROWS && columns == 4 * TW_LANES) { \
             TW_SWITCH_WIDE( \
                 KIND, rows, a, stride, blocks, soon, part, parts, at, step, per, depth, sums, pitch, factors) \

@@ -57,6 +57,16 @@ def test_imports_run_one_way(path):
             assert name.partition(".")[0] not in HEAVY, f"{path}:{line}: the runtime may not import {name}"
 
 
+def test_triton_stays_in_the_interpreter_s_process():
+    """The worker and its modules import Triton; the runtime starts the worker as a process and imports none of them."""
+    own = {f"runtime.interpreter.{name}" for name in ("worker", "patches", "quick")}
+    for path in (ROOT / "runtime").rglob("*.py"):
+        if ".".join(path.relative_to(ROOT).with_suffix("").parts) in own:
+            continue
+        for line, name, _ in imports(path):
+            assert name.partition(".")[0] != "triton" and name not in own, f"{path}:{line}: imports {name}"
+
+
 def test_every_package_is_checked():
     found = {path.parent.relative_to(ROOT).parts[0] for path in ROOT.glob("*/__init__.py")}
     assert found <= {folder.split("/")[0] for folder in ALLOWED}

@@ -18,7 +18,7 @@ from typing import Any
 from torch import fx
 
 from .base import Pass, Report
-from .graph.attention import Operand, Scores, product_of, scores_of, softmax_of, unfit_heads, used_elsewhere
+from .graph.attention import Operand, Scores, product_of, scores_of, unfit_heads, used_elsewhere
 from .graph.attention_masks import Mask, MaskBuilder, Refusal, lifted
 from .graph.edit import insert, same_shape, same_size, tensor_shape
 from .graph.masks import is_causal, shows_everything
@@ -26,6 +26,7 @@ from .graph.match import VIEWS, aten, dtype_of, is_op, is_tensor, only_user, sub
 from .graph.norms import narrowest
 from .graph.program import Program
 from .graph.query import arguments, calls, size_at
+from .graph.softmax import softmax_of
 
 SDPA = aten.scaled_dot_product_attention.default
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default)
